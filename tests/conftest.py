@@ -1,0 +1,28 @@
+"""Shared by all tests: the repository on the path, offline clients, and the optional real data beside the project."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # real data that some tests use when it is there
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if (SHARED / "tiktoken_cache").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def gpt2_vocabulary():
+    """Skips where OpenAI's vocabulary is neither cached nor beside the project."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("needs the gpt2 vocabulary: set TIKTOKEN_CACHE_DIR")

@@ -1,0 +1,256 @@
+"""Text, tokens, shards and batches: encodings, the shard format, the manifest, and the order of training data.
+
+A data directory holds shards `<corpus>_{val,train}_%06d.bin` in llm.c's format (256 little-endian int32: magic,
+version, token count; then uint16 tokens) and `manifest.json`, written last. Directories of llm.c, modded-nanogpt,
+build-nanogpt and datatrove, which have no manifest, are read as they are.
+
+Shapes: B sequences, T tokens per sequence; a window is T inputs and the T targets one token later: T + 1 tokens.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from runtime import UserError
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+END_OF_TEXT = "<|endoftext|>"
+
+
+# ---------------------------------------------------------------------------------------------------- encodings
+
+ENCODINGS = ("gpt2", "bytes")
+
+
+@functools.cache
+def get_encoding(name: str) -> tiktoken.Encoding:
+    """`gpt2`, or `bytes`: ids 0-255 are the bytes themselves, 256 is <|endoftext|>."""
+    if name == "bytes":
+        return tiktoken.Encoding(name="bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={END_OF_TEXT: 256})
+    if name != "gpt2":
+        raise UserError(f"encoding {name!r}", expected=f"one of {', '.join(ENCODINGS)}", remedy="choose one of them")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise UserError(f"the gpt2 vocabulary could not be fetched ({type(error).__name__})", expected="a connection or a filled cache",
+                        remedy="connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's gpt2 files") from None
+
+
+@functools.cache
+def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
+    """Length in bytes of each token's text, (n_vocab,); 0 for <|endoftext|>, which stands for no text."""
+    return np.array([0 if i == encoding.eot_token else len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
+
+
+# ---------------------------------------------------------------------------------------------------- shards
+
+def write_shard(file: Path, tokens: np.ndarray) -> dict:
+    """Write one shard, whole and on disk before it gets its name; returns its manifest entry."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    content = header.tobytes() + tokens.astype("<u2", copy=False).tobytes()
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, file)
+    return {"name": file.name, "tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of uint16 tokens: `count` of them from byte `offset` on."""
+
+    path: Path
+    offset: int
+    count: int
+
+    @classmethod
+    def open(cls, path: Path) -> "Shard":
+        """Check the header and size of a .bin, .npy or .ds file without reading its tokens."""
+        if not path.is_file():  # a directory, FIFO or dangling link
+            raise UserError(f"{path}: not a regular file", expected="a token shard", remedy="remove it or prepare the data again")
+        size = path.stat().st_size
+        if path.suffix == ".npy":
+            offset, count = _npy_header(path)
+        elif path.suffix == ".ds":
+            offset, count = 0, size // 2
+        else:
+            header = np.fromfile(path, dtype="<i4", count=3)
+            if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
+                raise UserError(f"{path}: header {header.tolist()}", expected=f"a shard with magic {MAGIC} and version {VERSION}",
+                                remedy="prepare the data again with fineweb.py")
+            offset, count = HEADER_BYTES, int(header[2])
+        if count < 0 or size != offset + 2 * count:
+            raise UserError(f"{path}: {size:,} bytes", expected=f"{offset + 2 * count:,} bytes for {count:,} tokens",
+                            remedy="the file is truncated or damaged: prepare or fetch it again")
+        return cls(path, offset, count)
+
+
+def _npy_header(path: Path) -> tuple[int, int]:
+    """Offset and length of a one-dimensional uint16 .npy; anything else, pickled objects above all, is refused."""
+    with open(path, "rb") as f:
+        try:
+            version = np.lib.format.read_magic(f)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(f)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}", expected="a .npy array of uint16", remedy="fetch the file again") from None
+        if dtype != np.dtype("<u2") or len(shape) != 1:
+            raise UserError(f"{path}: dtype {dtype}, shape {shape}", expected="one dimension of uint16", remedy="prepare the data again with fineweb.py")
+        return f.tell(), shape[0]
+
+
+# A map costs a file descriptor while it is open, so a corpus of thousands of shards keeps only some of them.
+@functools.lru_cache(maxsize=256)
+def _map(shard: Shard) -> np.ndarray:
+    return np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset, shape=(shard.count,))
+
+
+class TokenArray:
+    """Shards joined into one virtual array of tokens, memory-mapped: opening and holding it costs next to nothing."""
+
+    def __init__(self, shards: list[Shard], vocab_size: int):
+        self.shards, self.vocab_size = shards, vocab_size
+        self.ends = np.cumsum([shard.count for shard in shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start … stop-1, uint16, across shard boundaries; a token outside the vocabulary is an error."""
+        parts = []
+        i = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            shard, end = self.shards[i], int(self.ends[i])
+            first = start - (end - shard.count)
+            part = _map(shard)[first:first + min(stop, end) - start]
+            if len(part) and part.max() >= self.vocab_size:
+                raise UserError(f"{shard.path}: token {part.max()} near position {first:,}", expected=f"tokens below {self.vocab_size}",
+                                remedy="the file is damaged or of another encoding: prepare it again")
+            parts.append(part)
+            start, i = min(stop, end), i + 1
+        return np.concatenate(parts) if len(parts) != 1 else np.array(parts[0])
+
+    def num_windows(self, T: int) -> int:
+        """Windows kT … kT+T that fit."""
+        return max(0, (len(self) - 1) // T)
+
+    def windows(self, indices: np.ndarray, T: int) -> torch.Tensor:
+        """The given windows, int64 (len(indices), T + 1)."""
+        rows = [self.read(k * T, k * T + T + 1) for k in map(int, indices)]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+# ---------------------------------------------------------------------------------------------------- directories
+
+@dataclass(frozen=True)
+class TokenData:
+    """A prepared corpus: its encoding, and its two splits."""
+
+    encoding: str
+    train: TokenArray
+    val: TokenArray
+    fingerprint: str  # of the manifest, or of names and sizes where there is none: what a run was trained on
+
+
+def open_data(folder: str | os.PathLike) -> TokenData:
+    """Open a data directory, ours or a foreign one; every header and size is checked against the manifest."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such data directory", expected="a directory of token shards", remedy="check --data, or prepare one with fineweb.py")
+    if (folder / "manifest.partial.json").exists():
+        raise UserError(f"{folder}: its preparation is not finished (manifest.partial.json)", expected="a finished data directory",
+                        remedy="run the same fineweb.py command again: it continues where it stopped")
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy", ".ds"))
+    if (folder / "manifest.json").exists():
+        manifest = read_manifest(folder)
+        encoding, listed = manifest["encoding"], {entry["name"]: entry["tokens"] for entry in manifest["shards"]}
+        for name in sorted(listed.keys() ^ {file.name for file in files}):
+            found = "listed in manifest.json but missing" if name in listed else "not listed in manifest.json"
+            raise UserError(f"{folder / name}: {found}", expected="exactly the shards of the manifest", remedy="restore it, or prepare the data again")
+        shards = [Shard.open(folder / name) for name in listed]
+        for shard in shards:
+            if shard.count != listed[shard.path.name]:
+                raise UserError(f"{shard.path}: {shard.count:,} tokens", expected=f"{listed[shard.path.name]:,} tokens as manifest.json says",
+                                remedy="shards were swapped or damaged: prepare the data again")
+        fingerprint = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    else:
+        encoding, shards = "gpt2", [Shard.open(file) for file in files]  # what all those projects use
+        fingerprint = hashlib.sha256(json.dumps([(s.path.name, s.count) for s in shards]).encode()).hexdigest()
+    val = [shard for shard in shards if "_val_" in shard.path.name]
+    if not val:  # datatrove does not name splits: as everywhere, the first shard validates
+        val = shards[:1]
+    train = [shard for shard in shards if shard not in val]
+    if not train:
+        raise UserError(f"{folder}: {len(files)} token shards", expected="at least one for training and one for validation",
+                        remedy="prepare the data with fineweb.py")
+    vocab_size = get_encoding(encoding).n_vocab
+    return TokenData(encoding, TokenArray(train, vocab_size), TokenArray(val, vocab_size), fingerprint)
+
+
+def read_manifest(folder: Path) -> dict:
+    """manifest.json of a data directory: encoding, vocab_size, source, revision, and name, tokens, sha256 per shard."""
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+        [(entry["name"], entry["tokens"], entry["sha256"]) for entry in manifest["shards"]]
+        if manifest["encoding"] not in ENCODINGS:
+            raise ValueError(f"encoding {manifest['encoding']!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: {type(error).__name__}: {error}", expected="a manifest written by fineweb.py", remedy="prepare the data again") from None
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------- training order
+
+def training_windows(first: int, count: int, num_windows: int, seed: int) -> np.ndarray:
+    """Window indices of training samples first … first+count-1, int64 (count,).
+
+    Sample g is in epoch g // N, at place g mod N of that epoch's own permutation of the N windows. So each window is
+    seen exactly once per epoch, and what a step sees depends on the seed and the step, on nothing else.
+    """
+    g = np.arange(first, first + count)
+    epochs, places = np.divmod(g, num_windows)
+    indices = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = _permute(places[here].astype(np.uint64), num_windows, seed, int(epoch))
+    return indices
+
+
+def _permute(x: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """A pseudorandom permutation of 0 … n-1 evaluated at x (uint64), without storing it.
+
+    A Feistel network permutes the numbers of 2h bits whatever its round function is (Luby and Rackoff 1988); walking
+    on until the result is below n restricts it to 0 … n-1 (Black and Rogaway 2002, cycle walking). The domain is less
+    than four times n, so the walk is short.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    key = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    rounds = np.frombuffer(key + hashlib.sha256(key).digest(), dtype="<u8")  # eight round keys
+    out, todo = x.copy(), np.ones(len(x), dtype=bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & low
+        for k in rounds:
+            left, right = right, left ^ (_mix(right ^ k) & low)
+        out[todo] = (left << half) | right
+        todo = out >= n
+    return out.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every output bit depends on every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
