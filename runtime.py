@@ -9,14 +9,18 @@ import ctypes
 import datetime
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -84,6 +88,20 @@ def parse_flags(config_class: type[T], default: T, description: str, args: list[
     return tyro.cli(config_class, default=default, description=description, args=args)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; refuse, naming the holder, while another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / ".owner"  # beside the lock, which its library truncates
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            yield
+    except Timeout:
+        holder = owner.read_text().strip() if owner.exists() else "another process"
+        raise UserError(f"{folder}: in use by {holder}", expected="one writer at a time", remedy="wait for it, stop it, or choose another directory") from None
+
+
 class StopRequest:
     """First SIGINT or SIGTERM: `signum` is set and the work ends at its next safe point. A second one stops at once.
 
@@ -122,10 +140,11 @@ class Runtime:
         return self.rank == 0
 
     def say(self, *lines: str) -> None:
-        """Print on rank 0. When nobody reads standard output any more, the work goes on in silence."""
+        """Print on rank 0, above any progress bar. When nobody reads standard output any more, go on in silence."""
         if self.is_main:
             try:
-                print(*lines, sep="\n", flush=True)
+                tqdm.write("\n".join(lines))
+                sys.stdout.flush()
             except BrokenPipeError:
                 silence_stdout()
 
@@ -134,8 +153,9 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks, in place (gloo has no trustworthy average: sum, then divide)."""
+        """Sum over all ranks (gloo has no trustworthy average: sum, then divide)."""
         if self.world_size > 1:
+            values = values.to(self.device)
             dist.all_reduce(values)
         return values
 
