@@ -50,6 +50,37 @@ def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     return np.array([0 if i == encoding.eot_token else len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
 
 
+def save_tokenizer(encoding: tiktoken.Encoding, folder: str | os.PathLike) -> None:
+    """Write vocab.json and merges.txt, from which transformers' AutoTokenizer builds the same `gpt2` encoding.
+
+    Writes nothing for `bytes`, which transformers has no tokenizer for.
+    """
+    if encoding.name == "gpt2":
+        for name, text in _gpt2_tokenizer_files().items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+@functools.cache
+def _gpt2_tokenizer_files() -> dict[str, str]:
+    """OpenAI's two files, rebuilt from tiktoken's table of tokens and ranks."""
+    encoding = get_encoding("gpt2")
+    # The files show each byte as one visible character: itself where Latin-1 prints it, else the next one from U+0100 on.
+    shown = {b: chr(b) for b in range(256) if chr(b).isprintable() and not chr(b).isspace()}
+    shown |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - shown.keys()))}
+    ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
+    vocab, merges = {}, ["#version: 0.2"]
+    for token, rank in ranks.items():
+        vocab["".join(shown[b] for b in token)] = rank
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # what the earlier merges make of this token are the two parts that its own merge joins
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join("".join(shown[b] for b in part) for part in parts))
+    vocab[END_OF_TEXT] = encoding.eot_token
+    return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(merges) + "\n"}
+
+
 # ---------------------------------------------------------------------------------------------------- shards
 
 def write_shard(file: Path, tokens: np.ndarray) -> dict:
