@@ -87,14 +87,24 @@ def write_shard(file: Path, tokens: np.ndarray) -> dict:
     """Write one shard, whole and on disk before it gets its name; returns its manifest entry."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    content = header.tobytes() + tokens.astype("<u2", copy=False).tobytes()
-    temporary = file.with_name(file.name + ".tmp")
+    digest = _write(file, header.tobytes(), tokens.astype("<u2", copy=False).data)
+    return {"name": file.name, "tokens": len(tokens), "sha256": digest}
+
+
+def _write(file: Path, *parts: bytes | memoryview) -> str:
+    """Write a file that has its name only once it is whole and on disk; returns its sha256."""
+    temporary, digest = file.with_name(file.name + ".tmp"), hashlib.sha256()
     with open(temporary, "wb") as f:
-        f.write(content)
+        for part in parts:
+            f.write(part)
+            digest.update(part)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, file)
-    return {"name": file.name, "tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
+    folder = os.open(file.parent, os.O_RDONLY)  # the new name is on disk only when its directory is
+    os.fsync(folder)
+    os.close(folder)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -229,9 +239,17 @@ def open_data(folder: str | os.PathLike) -> TokenData:
     return TokenData(encoding, TokenArray(train, vocab_size), TokenArray(val, vocab_size), fingerprint)
 
 
-def read_manifest(folder: Path) -> dict:
-    """manifest.json of a data directory: encoding, vocab_size, source, revision, and name, tokens, sha256 per shard."""
-    file = folder / "manifest.json"
+def write_manifest(folder: Path, manifest: dict, partial: bool = False) -> None:
+    """Put the manifest in place: the partial one after each shard, the final one, which ends it, after the last."""
+    file = folder / ("manifest.partial.json" if partial else "manifest.json")
+    _write(file, json.dumps(manifest, indent=1).encode())
+    if not partial:
+        (folder / "manifest.partial.json").unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path, partial: bool = False) -> dict:
+    """The manifest of a data directory: encoding, vocab_size, source, revision, and name, tokens, sha256 per shard."""
+    file = folder / ("manifest.partial.json" if partial else "manifest.json")
     try:
         manifest = json.loads(file.read_text())
         [(entry["name"], entry["tokens"], entry["sha256"]) for entry in manifest["shards"]]
