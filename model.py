@@ -9,7 +9,7 @@ Shapes: B batch, T time, S cached time, C = n_embd channels, H = n_head heads, D
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -123,13 +123,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            # Not nn.Embedding(...): on the meta device its own initialisation imports two seconds' worth of modules.
+            "wte": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False),
+            "wpe": nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
         })
-        self.initialize()
+        if self.device.type != "meta":
+            self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -180,13 +182,25 @@ class GPT(nn.Module):
         """Logits (B, T, V) for tokens idx (B, T), int64."""
         return self.head(self.hidden(idx, cache=cache))
 
+    def crop_context(self, block_size: int) -> None:
+        """Shorten the context by dropping the last positions."""
+        if block_size > self.config.block_size:
+            raise UserError(f"a context of {block_size} tokens", expected=f"at most {self.config.block_size}, the positions the model has learned",
+                            remedy="lower --seq-len")
+        self.config = replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        self.transformer.wpe = nn.Embedding.from_pretrained(wpe.weight.detach()[:block_size].clone(), freeze=False)
+
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike, dropout: float = 0.0) -> "GPT":
         """GPT-2 from a local Hugging Face directory or a hub name such as `gpt2`, in float32, in eval mode.
 
-        Raises UserError for a config that is not plain GPT-2, and for missing, misshapen or non-finite weights.
+        Raises UserError for a name that cannot be fetched, a config that is not plain GPT-2, and for missing,
+        misshapen or non-finite weights.
         """
         folder = Path(name_or_dir)
+        if folder.is_file():
+            raise UserError(f"{folder}: a file", expected="a directory with config.json and model.safetensors", remedy="name the directory")
         if not folder.is_dir():
             folder = _download(str(name_or_dir))
         config = _read_config(folder / "config.json", dropout)
@@ -195,6 +209,7 @@ class GPT(nn.Module):
         state = {}
         for file in _weight_files(folder):
             state |= _read_weights(file)
+        head = state.pop("lm_head.weight", None)
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
         found = {name: tensor.shape for name, tensor in state.items()}
         if wanted != found:
@@ -202,8 +217,10 @@ class GPT(nn.Module):
             raise UserError(f"{folder}: {wrong} has shape {_shape(found.get(wrong))}", expected=_shape(wanted.get(wrong)),
                             remedy="use weights that belong to this config.json")
         for name, tensor in state.items():
-            if not torch.isfinite(tensor).all():
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # one pass without a temporary: 40 times isfinite(tensor)
                 raise UserError(f"{folder}: {name} holds NaN or Inf", expected="finite weights", remedy="use another checkpoint")
+        if head is not None and not torch.equal(head, state["transformer.wte.weight"]):
+            raise UserError(f"{folder}: lm_head.weight is not wte.weight", expected="GPT-2's tied head", remedy="only plain GPT-2 can be loaded")
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(True).eval()
 
@@ -239,65 +256,123 @@ PLAIN_GPT2 = {
 }
 
 
+SIZE_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions", "vocab_size": "vocab_size"}  # ours: theirs
+
+INDEX = "model.safetensors.index.json"
+CONVERT = ("for pickled weights convert them once where you trust them: "
+           "transformers' AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), then name the folder")
+
+
 def _shape(shape: torch.Size | None) -> str:
     return "nothing" if shape is None else "×".join(map(str, shape))
 
 
-def _read_config(file: Path, dropout: float) -> GPTConfig:
+def _read_json(file: Path) -> dict:
     try:
-        values = json.loads(file.read_text())
-        sizes = {"n_layer": values["n_layer"], "n_head": values["n_head"], "n_embd": values["n_embd"],
-                 "block_size": values["n_positions"], "vocab_size": values["vocab_size"]}
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+        fault = f"a {type(values).__name__}"
     except FileNotFoundError:
         raise UserError(f"{file}: not there", expected="a Hugging Face GPT-2 directory", remedy="check the path or the hub name") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: {type(error).__name__}: {error}", expected="the config.json of a GPT-2", remedy="use a GPT-2 checkpoint") from None
-    allowed = PLAIN_GPT2 | {"n_inner": (None, 4 * sizes["n_embd"])}
-    for key, good in allowed.items():
+    except ValueError as error:
+        fault = str(error)
+    raise UserError(f"{file}: {fault}", expected="a JSON object", remedy="fetch the file again")
+
+
+def _read_config(file: Path, dropout: float) -> GPTConfig:
+    values = _read_json(file)
+
+    def refuse(key: str, expected: str):
+        raise UserError(f"{file}: {key} is {values.get(key)!r}", expected=expected, remedy="only plain GPT-2 can be loaded")
+
+    for key, good in PLAIN_GPT2.items():
         if values.get(key, good[0]) not in good:
-            raise UserError(f"{file}: {key} is {values[key]!r}", expected=" or ".join(map(repr, good)), remedy="only plain GPT-2 can be loaded")
-    return GPTConfig(**sizes, dropout=dropout)
+            refuse(key, " or ".join(map(repr, good)))
+    for key in SIZE_KEYS.values():
+        if type(values.get(key)) is not int or values[key] < 1:
+            refuse(key, "a positive integer")
+    if values.get("n_inner") not in (None, 4 * values["n_embd"]):
+        refuse("n_inner", f"null or {4 * values['n_embd']}")
+    return GPTConfig(**{ours: values[theirs] for ours, theirs in SIZE_KEYS.items()}, dropout=dropout)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the parts that model.safetensors.index.json names."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if (folder / "model.safetensors").exists() or not index.exists():
         return [folder / "model.safetensors"]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    weight_map = _read_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
     for name in names:
-        if os.path.basename(name) != name:  # an index must not lead out of its folder
-            raise UserError(f"{index}: names the file {name!r}", expected="plain file names", remedy="use a checkpoint from a source you trust")
-    return [folder / name for name in names]
+        # An index must neither lead out of its folder nor to a pickle.
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: names the file {name!r}", expected="names of safetensors files beside it",
+                            remedy="use a checkpoint from a source you trust")
+    return [folder / name for name in sorted(set(names))]
 
 
 def _read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """One safetensors file under our names: prefixed, linears [out, in], without masks and the tied head."""
+    """One safetensors file in float32 under our names: with prefix, linears [out, in], without causal masks."""
     try:
         raw = load_file(file)
     except FileNotFoundError:
-        raise UserError(f"{file}: not there", expected="weights as safetensors", remedy="convert pickled weights first: transformers' save_pretrained writes safetensors") from None
+        raise UserError(f"{file}: not there", expected="weights as safetensors", remedy=CONVERT) from None
     except SafetensorError as error:
         raise UserError(f"{file}: {error}", expected="a safetensors file", remedy="fetch the file again (a Git LFS pointer is not the weights)") from None
     state = {}
     for name, tensor in raw.items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the head is wte again; the causal mask is no parameter
-        state[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).float().contiguous()
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # older files carry the causal mask, which is no parameter
+            state[name] = (tensor.transpose(0, -1) if name.endswith(TRANSPOSED) else tensor).float().contiguous()
     return state
 
 
 def _download(name: str) -> Path:
-    """Fetch config and weights of a hub repository into the hub client's cache; return the folder."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    """Fetch the config and, if it is plain GPT-2, the safetensors of a hub repository; return their folder.
+
+    The hub's own client does it, with its cache (HF_HOME), mirrors (HF_ENDPOINT), tokens (HF_TOKEN), offline mode
+    (HF_HUB_OFFLINE), retries and resumption.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "model*.safetensors", "model.safetensors.index.json"]))
-    except (HFValidationError, OSError) as error:
-        raise UserError(f"{name}: {str(error).splitlines()[0]}", expected="a local directory, or the name of a model on the hub",
-                        remedy="check the name and the connection") from None
+        config = Path(hf_hub_download(name, "config.json"))
+        _read_config(config, 0.0)
+        folder, revision = config.parent, config.parent.name  # all files of one commit, even if the branch moves meanwhile
+        try:
+            hf_hub_download(name, "model.safetensors", revision=revision)
+        except EntryNotFoundError:
+            hf_hub_download(name, INDEX, revision=revision)
+            for file in _weight_files(folder):
+                hf_hub_download(name, file.name, revision=revision)
+        return folder
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError is what its Rust extension raises
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk's fault, which it names
+        found, remedy = _download_fault(error)
+        raise UserError(f"{name}: {found}", expected="a local directory, or a GPT-2 with safetensors weights on the hub", remedy=remedy) from None
+
+
+def _download_fault(error: Exception) -> tuple[str, str]:
+    """What went wrong in the hub client, and the remedy."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, HFValidationError):
+        return "neither a directory nor a possible hub name", "check the path"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"the hub's repository has no {str(error.response.url).rpartition('/')[2]}", CONVERT
+    if isinstance(error, GatedRepoError):
+        return "gated", "accept its terms on its hub page and set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such directory, and on the hub no such model that you may see", "check the name, or set HF_TOKEN if it is private"
+    cause = error.__cause__ or error  # the client wraps connection faults once it has found nothing in its cache
+    if getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
+        return "the hub refused the token", "check HF_TOKEN"
+    reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    return f"no such directory, not in the hub client's cache, and not to be had from the hub ({reason})", \
+        "check the name, the connection, HF_ENDPOINT and HF_HUB_OFFLINE, then try again: what has arrived is kept"
 
 
 class NextTokenLoss(nn.Module):
