@@ -1,0 +1,196 @@
+"""Sampling: cached decoding against uncached and against transformers, distributions, stopping, text, command line."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from model import GPT, GPTConfig
+from runtime import UserError
+from sample import SampleConfig, encode_prompt, generate, next_token, sample_text, stream_text
+from tokens import get_encoding
+
+SHAPES = [GPTConfig(2, 2, 16, 24, 97), GPTConfig(1, 1, 8, 7, 33), GPTConfig(3, 4, 32, 64, 257), GPTConfig(2, 5, 40, 16, 131)]
+
+
+def wide(config: GPTConfig) -> GPT:
+    """A random model with weights large enough that what it says depends on all of its context."""
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
+@torch.no_grad()
+def greedy_uncached(model: GPT, idx: torch.Tensor, n: int) -> torch.Tensor:
+    """The documented rule, written out: a context of more than block_size tokens restarts at its last block_size // 2."""
+    start, block_size = 0, model.config.block_size
+    for _ in range(n):
+        if idx.size(1) - start > block_size:
+            start = idx.size(1) - max(1, block_size // 2)
+        idx = torch.cat([idx, model(idx[:, start:])[:, -1].argmax(-1, keepdim=True)], 1)
+    return idx
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_greedy_with_cache_equals_without_cache_and_transformers(config, tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    model = wide(config)
+    idx = torch.randint(config.vocab_size, (3, 3))
+    n = config.block_size - 3
+    ours = generate(model, idx, n, temperature=0)
+    assert torch.equal(ours, greedy_uncached(model, idx, n))
+    model.save_pretrained(tmp_path)
+    peer = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    theirs = peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 9, 40])
+@pytest.mark.parametrize("config", SHAPES[:2] + [GPTConfig(1, 1, 8, 1, 33)], ids=str)
+def test_past_the_context_the_last_half_is_read_again(config, length):
+    model = wide(config)
+    idx = torch.randint(config.vocab_size, (2, length))
+    n = 3 * config.block_size + 2
+    out = generate(model, idx, n, temperature=0)
+    assert out.shape == (2, length + n) and torch.equal(out[:, :length], idx)
+    assert torch.equal(out, greedy_uncached(model, idx, n))
+
+
+def plain_probabilities(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
+    """Temperature, top-k and top-p by their definitions, one number at a time."""
+    weights = torch.tensor(logits, dtype=torch.float64).div(temperature).exp().tolist()
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
+    total = sum(weights[i] for i in order)
+    if top_p is not None:
+        reached = itertools.accumulate(weights[i] / total for i in order)
+        order = order[:1 + sum(r < top_p for r in reached)]
+        total = sum(weights[i] for i in order)
+    return [weights[i] / total if i in order else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, None, None), (0.5, None, None), (2.0, None, None), (1.0, 1, None), (1.0, 5, None), (0.7, 100, None),
+    (1.0, None, 0.8), (1.0, None, 1e-9), (1.0, None, 1.0), (1.5, None, 0.95), (1.3, 6, 0.7),
+])
+def test_draws_follow_the_distribution(temperature, top_k, top_p):
+    logits, n = torch.randn(12) * 2, 50_000
+    expected = torch.tensor(plain_probabilities(logits.tolist(), temperature, top_k, top_p), dtype=torch.float64)
+    draws = next_token(logits.expand(n, -1), temperature, top_k, top_p, torch.Generator().manual_seed(1))
+    seen = torch.bincount(draws.flatten(), minlength=12) / n
+    assert torch.equal(seen > 0, (expected > 0) & (seen > 0))  # nothing outside the support
+    deviation = (seen - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp_min(1e-9)
+    assert deviation.max() < 4.5
+
+
+def test_the_seed_decides_the_text_and_rows_differ():
+    model, idx = wide(SHAPES[2]), torch.zeros(4, 1, dtype=torch.long)
+    a, b, c = (generate(model, idx, 30, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert len({tuple(row) for row in a.tolist()}) == 4
+
+
+def test_a_stopped_row_is_filled_and_the_others_go_on():
+    model, idx = wide(SHAPES[2]), torch.randint(257, (6, 4))
+    free = generate(model, idx, 20, temperature=0)
+    stop = int(free[0, 7])
+    out = generate(model, idx, 20, temperature=0, stop_token=stop)
+    for row, unstopped in zip(out[:, 4:].tolist(), free[:, 4:].tolist(), strict=True):
+        end = unstopped.index(stop) if stop in unstopped else 20
+        assert row == unstopped[:end] + [stop] * (20 - end)
+
+
+def test_generation_ends_when_all_rows_have_stopped(monkeypatch):
+    model, idx = wide(SHAPES[2]), torch.randint(257, (1, 4))
+    stop = int(generate(model, idx, 1, temperature=0)[0, -1])
+    calls = []
+    monkeypatch.setattr(model, "head", lambda x: calls.append(1) or GPT.head(model, x))
+    out = generate(model, idx, 50, temperature=0, stop_token=stop)
+    assert out[0, 4:].tolist() == [stop] * 50 and len(calls) == 1
+
+
+def test_a_model_in_training_generates_without_dropout_and_stays_in_training():
+    model, idx = wide(GPTConfig(2, 2, 16, 24, 97, dropout=0.5)), torch.randint(97, (1, 4))
+    expected = generate(model, idx, 10, temperature=0)
+    assert torch.equal(generate(model.train(), idx, 10, temperature=0), expected) and model.training
+
+
+def test_autocast_is_respected():
+    model, idx = wide(SHAPES[0]), torch.randint(97, (2, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(model, idx, 10, temperature=0).shape == (2, 14)
+
+
+def saying(monkeypatch, ids: list[int], vocab_size: int) -> GPT:
+    """A model that says `ids` whatever it reads."""
+    model, script = GPT(GPTConfig(1, 1, 8, 64, vocab_size)).eval(), iter(ids)
+    monkeypatch.setattr(model, "head", lambda x: torch.full((len(x), vocab_size), -50.0).index_fill_(1, torch.tensor([next(script)]), 50.0))
+    return model
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_streamed_text_is_the_text_and_never_cuts_a_character(monkeypatch, request, name):
+    if name == "gpt2":
+        request.getfixturevalue("gpt2_vocabulary")
+    encoding = get_encoding(name)
+    text = "naïve 日本語 🦜🌍 end"
+    ids = [*encoding.encode_ordinary(text), encoding.eot_token, *encoding.encode_ordinary("unseen")]
+    assert any("�" in encoding.decode([i]) for i in ids)  # the test is about cut characters
+    pieces = list(stream_text(saying(monkeypatch, ids, encoding.n_vocab), encoding, "> ", 60))
+    assert "".join(pieces) == "> " + text and "�" not in "".join(pieces) and len(pieces) > 5
+    assert sample_text(saying(monkeypatch, ids, encoding.n_vocab), encoding, "> ", 1, 60) == ["> " + text]
+
+
+def test_invalid_utf8_streams_as_it_is_sampled():
+    model, encoding = wide(GPTConfig(1, 2, 16, 64, 257)), get_encoding("bytes")
+    streamed = "".join(stream_text(model, encoding, "é", 100, generator=torch.Generator().manual_seed(5)))
+    assert [streamed] == sample_text(model, encoding, "é", 1, 100, generator=torch.Generator().manual_seed(5))
+    assert "�" in streamed
+
+
+def test_ids_outside_the_encoding_are_never_drawn():
+    model, encoding = wide(GPTConfig(1, 2, 16, 64, 400)), get_encoding("bytes")
+    assert len(sample_text(model, encoding, "", 20, 50)) == 20  # decoding raises on an id it does not have
+    idx = torch.zeros(50, 1, dtype=torch.long)
+    assert generate(model, idx, 20, vocab_size=257).max() < 257 <= generate(model, idx, 20).max()
+
+
+def test_an_empty_prompt_is_a_new_document():
+    model, encoding = wide(SHAPES[2]), get_encoding("bytes")
+    assert encode_prompt(model, encoding, "", 2).tolist() == [[256], [256]]
+    assert encode_prompt(model, encoding, "<|endoftext|>", 1).tolist() == [list(b"<|endoftext|>")]  # a literal one is text
+
+
+def test_a_prompt_that_is_not_utf8_becomes_replacement_characters():
+    assert encode_prompt(wide(SHAPES[2]), get_encoding("bytes"), "a\udcff", 1).tolist() == [list("a�".encode())]
+
+
+def test_a_prompt_of_another_encoding_is_refused():
+    with pytest.raises(UserError, match="--prompt has token 122"):
+        encode_prompt(wide(SHAPES[0]), get_encoding("bytes"), "xyz", 1)
+
+
+@pytest.mark.parametrize("flag, value", [("temperature", float("nan")), ("temperature", -0.1), ("temperature", float("inf")), ("top_k", 0),
+                                         ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")), ("num_samples", 0), ("max_new_tokens", 0)])
+def test_bad_flags_are_refused_by_name(flag, value):
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} {value}"):
+        SampleConfig(**{flag: value})
+
+
+def command_line(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "sample.py", "--device", "cpu", *args], capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    wide(SHAPES[2]).save_pretrained(tmp_path, encoding="bytes")
+    one = command_line("--model", str(tmp_path), "--prompt", "def f", "--max-new-tokens", "20")
+    assert one.returncode == 0 and one.stdout.startswith("def f") and str(tmp_path) in one.stderr, one.stderr
+    two = command_line("--model", str(tmp_path), "--num-samples", "2", "--temperature", "0", "--max-new-tokens", "5", "--top-k", "None")
+    assert two.returncode == 0 and two.stdout.count("--- sample") == 2, two.stderr
+    bad = command_line("--model", str(tmp_path), "--top-p", "2")
+    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("error: --top-p 2.0; expected ") and "Traceback" not in bad.stderr
