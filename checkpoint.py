@@ -150,7 +150,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
     return max(runs, key=lambda run: (run / "log.jsonl").stat().st_mtime if (run / "log.jsonl").exists() else 0.0)
 
 
-def load_model(name: str | None, warn: Callable[[str], None] = print) -> tuple[GPT, tiktoken.Encoding, str]:
+def load_model(name: str | None, warn: Callable[[str], None] = print, dropout: float = 0.0) -> tuple[GPT, tiktoken.Encoding, str]:
     """Model, its encoding, and what was picked: from a hub name, any Hugging Face directory, a step directory or a
     run directory (its best step if it keeps one, else its newest valid one); None is the newest run under runs/."""
     place = newest_run() if name is None else Path(name)
@@ -165,7 +165,7 @@ def load_model(name: str | None, warn: Callable[[str], None] = print) -> tuple[G
     elif place.is_dir() and (place / "manifest.json").exists() and (fault := problem(place)):
         raise UserError(f"{place}: {fault}", expected="the files its manifest.json lists", remedy="use another step of the run")
     picked = str(place)
-    model = GPT.from_pretrained(picked)
+    model = GPT.from_pretrained(picked, dropout)
     return model, encoding_of(model, picked), picked
 
 

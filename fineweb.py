@@ -36,6 +36,7 @@ import tokens
 from runtime import UserError, parse_flags, run_script
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+FIRST_RUN = "data/first-run"  # where the corpus of a first run is put, made of what every Python has
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same corpus in llm.c's format, by the author of modded-nanogpt
 TASK_BYTES = 2**19  # text per task: long enough to hide the cost of passing it, short enough to keep memory small
 MOST_SKIPPED = 0.1  # of all documents; above that the input is probably not what was meant
@@ -376,7 +377,7 @@ def prepare_first_run(say: Callable = print) -> Path:
     files = [file for file in library.rglob("*.py") if not folders & set(file.relative_to(library).parts[:-1])]
     # In the order of a hash: the last tenth, which validates, is then like the rest.
     files.sort(key=lambda file: hashlib.sha256(file.relative_to(library).as_posix().encode()).digest())
-    return prepare(PrepareConfig(input=tuple(map(str, files)), tokenizer="bytes", out="data/first-run"), say)
+    return prepare(PrepareConfig(input=tuple(map(str, files)), tokenizer="bytes", out=FIRST_RUN), say)
 
 
 def main() -> None:

@@ -160,12 +160,12 @@ class Runtime:
         return values
 
     def share(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
+        """Rank 0's `value`, on every rank, once every rank has come here."""
         if self.world_size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values[0]
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, so that a clock can be read."""
