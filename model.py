@@ -9,6 +9,7 @@ Shapes: B batch, T time, S cached time, C = n_embd channels, H = n_head heads, D
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -216,9 +217,6 @@ class GPT(nn.Module):
             wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))[0]
             raise UserError(f"{folder}: {wrong} has shape {_shape(found.get(wrong))}", expected=_shape(wanted.get(wrong)),
                             remedy="use weights that belong to this config.json")
-        for name, tensor in state.items():
-            if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # one pass without a temporary: 40 times isfinite(tensor)
-                raise UserError(f"{folder}: {name} holds NaN or Inf", expected="finite weights", remedy="use another checkpoint")
         if head is not None and not torch.equal(head, state["transformer.wte.weight"]):
             raise UserError(f"{folder}: lm_head.weight is not wte.weight", expected="GPT-2's tied head", remedy="only plain GPT-2 can be loaded")
         model.load_state_dict(state, assign=True)
@@ -315,17 +313,24 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     """One safetensors file in float32 under our names: with prefix, linears [out, in], without causal masks."""
     try:
-        raw = load_file(file)
+        raw = load_file(file)  # maps the file: it is read below
     except FileNotFoundError:
         raise UserError(f"{file}: not there", expected="weights as safetensors", remedy=CONVERT) from None
     except SafetensorError as error:
         raise UserError(f"{file}: {error}", expected="a safetensors file", remedy="fetch the file again (a Git LFS pointer is not the weights)") from None
-    state = {}
-    for name, tensor in raw.items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # older files carry the causal mask, which is no parameter
-            state[name] = (tensor.transpose(0, -1) if name.endswith(TRANSPOSED) else tensor).float().contiguous()
-    return state
+
+    def convert(name: str) -> tuple[str, torch.Tensor]:
+        tensor = raw[name].float()
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():  # 40 times as fast as isfinite(tensor)
+            raise UserError(f"{file}: {name} holds NaN or Inf", expected="finite weights", remedy="use another checkpoint")
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.transpose(0, -1).contiguous()
+        return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", tensor
+
+    # Older files carry the causal mask, which is no parameter.
+    names = [name for name in raw if not name.endswith((".attn.bias", ".attn.masked_bias"))]
+    with ThreadPoolExecutor(4) as pool:  # most of the time goes into page faults, which threads share
+        return dict(pool.map(convert, names))
 
 
 def _download(name: str) -> Path:
