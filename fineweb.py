@@ -1,23 +1,28 @@
-"""Corpora into token shards: FineWeb-Edu, any hub dataset, local files, or ready-made shards.
+"""Corpora into token shards: FineWeb-Edu, any hub dataset, local files, or shards that others have tokenised.
 
     python fineweb.py                                             FineWeb-Edu sample-10BT into edu_fineweb10B/
-    python fineweb.py --input 'books/**/*.txt' --out data/books   one's own text
-    python fineweb.py --pretokenized --max-tokens 1000000000      shards that others have already tokenised
+    python fineweb.py --input 'books/**/*.txt' --out data/books   your own text
+    python fineweb.py --pretokenized --max-tokens 1_000_000_000   ready-made shards of FineWeb-Edu
     python fineweb.py --verify edu_fineweb10B                     read and check everything
 
-Killed at any moment and started again, it goes on after the last shard written, and ends with the same bytes.
-The parent reads documents, workers tokenise batches of them, the parent joins the tokens and writes the shards.
+The parent reads batches of documents, workers tokenise them, the parent joins the tokens in order and writes shards.
+Each shard is committed together with the position of the source after it: killed at any moment and started again,
+the same command goes on after the last shard and ends with the same bytes, whatever the number of workers.
 """
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
 import multiprocessing
 import os
-import random
+import re
+import shutil
+import signal
 import socket
 import sysconfig
 import threading
@@ -28,7 +33,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -36,39 +41,45 @@ import tokens
 from runtime import UserError, parse_flags, run_script
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-FIRST_RUN = "data/first-run"  # where the corpus of a first run is put, made of what every Python has
-PRETOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same corpus in llm.c's format, by the author of modded-nanogpt
-TASK_BYTES = 2**19  # text per task: long enough to hide the cost of passing it, short enough to keep memory small
-MOST_SKIPPED = 0.1  # of all documents; above that the input is probably not what was meant
+PRETOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same corpus as llm.c shards, from the author of modded-nanogpt
+TASK_BYTES = 2**19  # text per task: long enough to hide the cost of handing it over, short enough to keep memory small
+TASK_ROWS = 128  # the same for rows of a dataset, whose documents are about 5 kB
+MOST_SKIPPED = 0.1  # of all documents; beyond that the input is not what was meant
+RETRIES = 6  # in a row and without progress, after 1, 2, 4 … seconds, on top of the hub client's own
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     dataset: str = FINEWEB_EDU  # dataset on the hub
-    name: str = "sample-10BT"  # its configuration, for example sample-100BT; empty: the dataset's default
+    name: str = "sample-10BT"  # its configuration, for example sample-100BT; '': the dataset's default one
     split: str = "train"  # its split
-    revision: str = "main"  # branch, tag or commit; the commit is pinned in the manifest
+    revision: str = "main"  # branch, tag or commit; the commit it stands for is pinned in the manifest
     text_column: str = "text"  # column, or key of a .jsonl line, that holds the text
     input: tuple[str, ...] = ()  # local files or globs instead: .txt and source files, .jsonl[.gz|.zst], .parquet
-    split_on: str = ""  # what separates the documents inside a text file (\n and \t are understood); empty: one document a file
+    split_on: str = ""  # what separates documents inside a text file (\n and \t are understood); '': each file is one document
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # encoding
-    out: str = ""  # output directory; empty: edu_fineweb10B for the default dataset, else data/<corpus>
+    out: str = ""  # output directory; '': edu_fineweb10B for the default dataset, else data/<corpus>
     shard_tokens: int = 100_000_000  # tokens per shard
-    max_tokens: int = 0  # stop after so many tokens; 0: all
+    max_tokens: int = 0  # stop after so many tokens; 0: never
     workers: int = 0  # tokenising processes; 0: one per CPU core
-    pretokenized: bool = False  # fetch ready-made llm.c shards (kjj0/finewebedu10B-gpt2, or --dataset) instead
-    verify: str = ""  # check every size, sha256 and token of this directory and do nothing else
+    pretokenized: bool = False  # fetch ready-made llm.c shards (kjj0/finewebedu10B-gpt2, or --dataset), whole ones up to --max-tokens
+    verify: str = ""  # check every size, sha256 and token of this data directory, and nothing else
 
     def __post_init__(self):
-        for flag, least in (("shard_tokens", 1), ("max_tokens", 0), ("workers", 0)):
-            if getattr(self, flag) < least:
-                raise UserError(f"--{flag.replace('_', '-')} {getattr(self, flag)}", expected=f"{least} or more", remedy="change it")
+        for field, least in (("shard_tokens", 1), ("max_tokens", 0), ("workers", 0)):
+            if getattr(self, field) < least:
+                raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)}", expected=f"{least} or more", remedy="change it")
+        if self.pretokenized and (self.input or self.tokenizer != "gpt2"):
+            raise UserError("--pretokenized with --input or --tokenizer bytes", expected="gpt2 shards from the hub", remedy="leave one of them out")
 
     @property
     def corpus(self) -> str:
-        """The name that shards begin with."""
-        name = Path(self.input[0].split("*")[0]).stem if self.input else self.dataset.rsplit("/", 1)[-1]
-        return "".join(c if c.isalnum() or c in "-." else "-" for c in name).strip("-.") or "corpus"
+        """What the names of the shards begin with."""
+        if self.input:
+            name = Path(self.input[0].split("*")[0] if len(self.input) == 1 else os.path.commonpath(self.input)).name.split(".")[0]
+        else:
+            name = self.dataset.rsplit("/", 1)[-1]
+        return re.sub(r"[^\w.-]", "-", name).strip("-.") or "corpus"
 
     @property
     def folder(self) -> Path:
@@ -77,123 +88,224 @@ class PrepareConfig:
 
 
 # ---------------------------------------------------------------------------------------------------- sources
-# A source has an `identity` for the manifest, and `batches(position)`, which yields (documents, position after them,
-# fraction of the corpus done or None). A document that cannot be used comes as anything but a str.
 
+class Batch(NamedTuple):
+    """Documents in order; whatever is not a str cannot be used and says why in `reason_to_skip`."""
+
+    documents: list[Any]
+    after: dict  # position of the source after them, as JSON
+    fraction: float | None  # of the source that is then done
+
+
+@dataclass(frozen=True)
 class Unreadable:
-    def __init__(self, reason: str):
-        self.reason = reason
+    reason: str
 
 
-class Files:
-    """Local text: whole files, files split at a separator, or JSON lines; compressed or not."""
+def reason_to_skip(document: Any) -> str | None:
+    if isinstance(document, str):
+        return None
+    if isinstance(document, Unreadable):
+        return document.reason
+    return "missing text" if document is None else f"{type(document).__name__} instead of text"
+
+
+class TextFiles:
+    """Local text: whole files, files split at a separator, or lines of JSON; compressed (.gz, .bz2, .zst) or not."""
 
     def __init__(self, files: list[str], text_column: str, split_on: str):
         self.files, self.text_column = files, text_column
         self.split_on = split_on.replace("\\n", "\n").replace("\\t", "\t").encode()
-        self.sizes = [os.path.getsize(file) for file in files]
-        self.identity = {"files": [[os.path.basename(file), size] for file, size in zip(files, self.sizes)],
-                         "text_column": text_column, "split_on": split_on}
 
-    def batches(self, position: dict | None) -> Iterator[tuple[list, dict, float | None]]:
-        """A position is a file and a byte in its uncompressed content."""
+    def batches(self, position: dict | None) -> Iterator[Batch]:
+        """A position is a file and a byte of its uncompressed content."""
         first, start = (position["file"], position["byte"]) if position else (0, 0)
-        done, total = sum(self.sizes[:first]), max(1, sum(self.sizes))
-        batch, size = [], 0
+        sizes = [os.path.getsize(file) for file in self.files]
+        documents, num_bytes = [], 0
         for i in range(first, len(self.files)):
-            lines = ".jsonl" in Path(self.files[i]).suffixes
-            for piece, end in pieces(self.files[i], b"\n" if lines else self.split_on, start):
-                if not lines or piece.strip():
-                    batch.append(self.document(piece, lines))
-                    size += len(piece)
-                if size >= TASK_BYTES:
-                    yield batch, {"file": i, "byte": end}, min(1.0, (done + end) / total)
-                    batch, size = [], 0
-            done, start = done + self.sizes[i], 0
-        if batch:
-            yield batch, {"file": len(self.files), "byte": 0}, 1.0
+            is_jsonl = ".jsonl" in Path(self.files[i]).suffixes
+            for piece, end in pieces(self.files[i], b"\n" if is_jsonl else self.split_on, start):
+                if not is_jsonl or piece.strip():
+                    documents.append(self.document(piece, is_jsonl))
+                    num_bytes += len(piece)
+                if num_bytes >= TASK_BYTES:
+                    after = {"file": i, "byte": end} if end is not None else {"file": i + 1, "byte": 0}
+                    fraction = (sum(sizes[:i]) + min(sizes[i], end or sizes[i])) / max(1, sum(sizes))
+                    yield Batch(documents, after, fraction)
+                    documents, num_bytes = [], 0
+            start = 0
+        if documents:
+            yield Batch(documents, {"file": len(self.files), "byte": 0}, 1.0)
 
-    def document(self, piece: bytes, is_json: bool):
+    def document(self, piece: bytes, is_jsonl: bool) -> Any:
         try:
-            return json.loads(piece).get(self.text_column) if is_json else piece.decode()
+            return json.loads(piece).get(self.text_column) if is_jsonl else piece.decode()
         except UnicodeDecodeError:
             return Unreadable("not UTF-8")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return Unreadable("not a JSON object")
 
 
-def pieces(file: str, separator: bytes, start: int) -> Iterator[tuple[bytes, int]]:
-    """The parts of a file between separators from byte `start` on, each with the position after it; no separator: the file."""
-    import pyarrow  # reads .gz, .bz2 and .zst as well as plain files
+def pieces(file: str, separator: bytes, start: int) -> Iterator[tuple[bytes, int | None]]:
+    """The parts of a file between separators, from byte `start` on, each with the byte after it; without separator the whole file."""
+    import pyarrow  # it opens compressed files as well as plain ones
 
-    with pyarrow.input_stream(file) as stream:
-        while start > 0:  # compressed streams cannot seek
-            start -= len(stream.read(min(start, 2**24))) or start
-        position, rest = 0, b""
-        while separator and (chunk := stream.read(max(2**22, len(rest)))):
-            *parts, rest = (rest + chunk).split(separator)
-            for part in parts:
-                position += len(part) + len(separator)
-                yield part, position
-        rest += stream.read()
-        if rest or not separator:
-            yield rest, position + len(rest)
+    try:
+        with pyarrow.input_stream(file) as stream:
+            if not separator:
+                yield stream.read(), None
+                return
+            position, rest = start, b""
+            if stream.seekable():
+                stream.seek(start)
+            while not stream.seekable() and start > 0:  # compressed: what is done has to be unpacked once more
+                start -= len(stream.read(min(start, 2**22))) or start
+            while chunk := stream.read(max(2**22, len(rest))):  # growing: a long document is not copied again and again
+                *parts, rest = (rest + chunk).split(separator)
+                for part in parts:
+                    position += len(part) + len(separator)
+                    yield part, position
+            if rest:
+                yield rest, position + len(rest)
+    except OSError as error:  # its own errors do not name the file
+        raise UserError(f"{file}: {error}", expected="a whole, readable file", remedy="mend it or leave it out of --input") from None
+
+
+class Parquet:
+    """Rows of parquet files, local ones or on the hub, where only the text column is fetched, 32 MB at a time.
+
+    `datasets` finds the files of a hub dataset, but its streams resume by reading the current file from its start again
+    (2 GB in FineWeb-Edu), or, resharded by row group, fetch the footer anew for each of 10,000 groups. Read directly,
+    the footer tells in which group to go on.
+    """
+
+    def __init__(self, files: list[str], text_column: str):
+        self.files, self.text_column = files, text_column
+
+    def batches(self, position: dict | None) -> Iterator[Batch]:
+        """A position is a file and a row of it."""
+        import pyarrow
+        import pyarrow.parquet
+
+        first, row = (position["file"], position["row"]) if position else (0, 0)
+        for i in range(first, len(self.files)):
+            try:
+                with self.open(self.files[i]) as f:
+                    file, end = pyarrow.parquet.ParquetFile(f), 0
+                    check_column(self.text_column, file.schema_arrow.names)
+                    for group in range(file.num_row_groups):
+                        start, end = end, end + file.metadata.row_group(group).num_rows
+                        if end <= row:
+                            continue
+                        for batch in file.iter_batches(TASK_ROWS, row_groups=[group], columns=[self.text_column]):
+                            documents = batch.column(0).to_pylist()[max(0, row - start):]
+                            start += batch.num_rows
+                            row = max(row, start)
+                            if documents:
+                                yield Batch(documents, {"file": i, "row": row}, (i + row / file.metadata.num_rows) / len(self.files))
+            except pyarrow.ArrowInvalid as error:
+                raise UserError(f"{self.files[i]}: {error}", expected="a whole parquet file", remedy="fetch it again or leave it out") from None
+            row = 0
+
+    def open(self, file: str):
+        if not file.startswith("hf://"):
+            return open(file, "rb")
+        from huggingface_hub import HfFileSystem
+
+        return HfFileSystem().open(file.removeprefix("hf://"), block_size=2**25)
 
 
 class Stream:
-    """Rows of a hub dataset or of local parquet files, through `datasets`, without downloading them first."""
+    """Rows of a hub dataset in any other format, through a `datasets` stream and its own state."""
 
-    def __init__(self, stream, identity: dict, text_column: str, num_rows: int | None):
-        self.stream, self.identity, self.text_column, self.num_rows = stream.with_format("arrow"), identity, text_column, num_rows
+    def __init__(self, stream, text_column: str, num_rows: int | None):
+        self.stream, self.text_column, self.num_rows = stream.with_format("arrow"), text_column, num_rows
 
-    def batches(self, position: dict | None) -> Iterator[tuple[list, dict, float | None]]:
-        """A position is the state of the `datasets` stream, and the rows read."""
-        rows = 0
-        if position:
+    def batches(self, position: dict | None) -> Iterator[Batch]:
+        position = position or {"state": None, "rows": 0}
+        rows = position["rows"]
+        if position["state"]:
             self.stream.load_state_dict(position["state"])
-            rows = position["rows"]
-        for table in self.stream.iter(batch_size=128):
+        for table in self.stream.iter(TASK_ROWS):
+            check_column(self.text_column, table.column_names)
             rows += table.num_rows
-            yield table[self.text_column].to_pylist(), {"state": self.stream.state_dict(), "rows": rows}, self.num_rows and rows / self.num_rows
+            fraction = rows / self.num_rows if self.num_rows else None
+            yield Batch(table[self.text_column].to_pylist(), {"state": self.stream.state_dict(), "rows": rows}, fraction)
 
 
-def open_source(config: PrepareConfig):
-    """The source that the flags describe."""
-    if not config.input:
-        return open_hub(config)
-    files = [file for pattern in config.input for file in ([pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True)))]
-    files = [file for file in files if not os.path.isdir(file)]
-    if not files:
-        raise UserError(f"--input {' '.join(config.input)}: no such file", expected="files or globs",
-                        remedy="check the path; for a folder write 'folder/**/*.txt', in quotes")
-    is_parquet = [file.endswith(".parquet") for file in files]
-    if not any(is_parquet):
-        return Files(files, config.text_column, config.split_on)
-    if not all(is_parquet):
-        raise UserError(f"--input {' '.join(config.input)}: parquet beside other files", expected="one kind", remedy="prepare them apart")
+def check_column(column: str, columns: list[str]) -> None:
+    if column not in columns:
+        raise UserError(f"--text-column {column}: no such column", expected=f"one of {', '.join(columns)}", remedy="choose the one with the text")
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """The files that paths and globs name: in the order given, sorted within a glob."""
+    found = [[pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True)) for pattern in patterns]
+    for pattern, names in zip(patterns, found):
+        if not any(os.path.isfile(name) for name in names):
+            raise UserError(f"{pattern}: no such file", expected="a file, or a glob that matches files",
+                            remedy="check the path; for a folder write 'folder/**/*.txt', in quotes")
+    return [name for names in found for name in names if os.path.isfile(name)]
+
+
+def open_files(config: PrepareConfig, files: list[str]) -> TextFiles | Parquet:
+    num_parquet = sum(file.endswith(".parquet") for file in files)
+    if num_parquet == 0:
+        return TextFiles(files, config.text_column, config.split_on)
+    if num_parquet < len(files):
+        raise UserError(f"--input {' '.join(config.input)}: parquet and other files", expected="one kind", remedy="prepare them separately")
+    return Parquet(files, config.text_column)
+
+
+def open_dataset(config: PrepareConfig, revision: str) -> Parquet | Stream:
     import datasets
 
-    identity = {"files": [[os.path.basename(file), os.path.getsize(file)] for file in files], "text_column": config.text_column}
-    stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-    return Stream(select(stream, config), identity, config.text_column, None)
+    builder = datasets.load_dataset_builder(config.dataset, config.name or None, revision=revision)
+    splits = list(builder.config.data_files or {}) or list(builder.info.splits or {})
+    if config.split not in splits:
+        raise UserError(f"--split {config.split}: no such split", expected=f"one of {', '.join(splits)}", remedy="choose one of them")
+    if builder.name == "parquet":
+        return Parquet(list(builder.config.data_files[config.split]), config.text_column)
+    info = (builder.info.splits or {}).get(config.split)
+    return Stream(builder.as_streaming_dataset(split=config.split), config.text_column, info and info.num_examples)
 
 
-def open_hub(config: PrepareConfig) -> Stream:
-    import datasets
-    from huggingface_hub import HfApi
+def on_hub(config: PrepareConfig, say: Callable, action: Callable[[], Any]) -> Any:
+    """`action()`, tried again while the connection fails; the one place where the hub clients' many errors become ours."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    revision = HfApi().dataset_info(config.dataset, revision=config.revision).sha
-    stream = datasets.load_dataset(config.dataset, config.name or None, split=config.split, revision=revision, streaming=True)
-    identity = {"dataset": config.dataset, "name": config.name, "split": config.split, "revision": revision, "text_column": config.text_column}
-    info = (stream.info.splits or {}).get(config.split)
-    return Stream(select(stream, config), identity, config.text_column, info.num_examples if info else None)
+    for attempt in range(RETRIES + 1):
+        try:
+            return action()
+        except (HTTPError, OSError, ValueError) as error:  # ValueError: an unknown configuration, a malformed name
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            passing = isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError))
+            if isinstance(error, HfHubHTTPError):
+                passing = error.response.status_code in (408, 429) or error.response.status_code >= 500
+            if not passing or isinstance(error, OfflineModeIsEnabled) or attempt == RETRIES:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"--dataset {config.dataset} --name {config.name!r} --revision {config.revision}: {type(error).__name__}: {reason}",
+                                expected="to read it from the hub",
+                                remedy="check the names and the connection, then run the same command again") from error
+            say(f"the hub did not answer ({type(error).__name__}), trying again in {2**attempt} s")
+            time.sleep(2**attempt)
 
 
-def select(stream, config: PrepareConfig):
-    columns = stream.column_names or stream._resolve_features().column_names
-    if config.text_column not in columns:
-        raise UserError(f"--text-column {config.text_column} is not among the columns", expected=f"one of {', '.join(columns)}", remedy="choose one")
-    return stream.select_columns([config.text_column])
+def hub_batches(config: PrepareConfig, revision: str, position: dict | None, say: Callable) -> Iterator[Batch]:
+    """Batches of a hub dataset; after a failed connection it is opened again where it failed."""
+    batches = None
+
+    def pull() -> Batch | None:
+        nonlocal batches
+        batches, current = None, batches or open_dataset(config, revision).batches(position)
+        batch = next(current, None)
+        batches = current  # one that raised has ended and is not kept
+        return batch
+
+    while batch := on_hub(config, say, pull):
+        position = batch.after
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------- tokenising
@@ -201,21 +313,18 @@ def select(stream, config: PrepareConfig):
 def tokenise(documents: list[str], encoding_name: str) -> np.ndarray:
     """Tokens of the documents, each after <|endoftext|>, uint16."""
     encoding = tokens.get_encoding(encoding_name)
-    start = np.array([encoding.eot_token], dtype=np.uint16)
-    parts = []
+    start, parts = np.array([encoding.eot_token], dtype=np.uint16), []
     for text in documents:
         try:
             encoded = encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which becomes U+FFFD as in the rest of tiktoken
+        except UnicodeEncodeError:  # a lone surrogate: U+FFFD takes its place, as in tiktoken's other methods
             encoded = encoding.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), disallowed_special=())
         parts += [start, encoded.astype(np.uint16)]
     return np.concatenate(parts) if parts else start[:0]
 
 
 def start_worker(encoding_name: str) -> None:
-    """In a new worker: end with the parent, whatever ends it; leave signals to the parent; load the vocabulary."""
-    import signal
-
+    """First thing in a worker: leave signals to the parent, but end with it, whatever ends it; load the vocabulary."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -227,32 +336,47 @@ def start_worker(encoding_name: str) -> None:
 def worker_pool(workers: int, encoding_name: str) -> Iterator[Executor]:
     pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(encoding_name,))
     try:
-        pool.submit(tokenise, [], encoding_name).result()  # starts the processes before this one has any threads
+        pool.submit(tokenise, [], encoding_name).result()  # where processes are forked, they are so now, before there are threads
         yield pool
     except BrokenProcessPool:
         raise UserError("a tokenising process was killed", expected=f"{workers} of them to run to the end",
-                        remedy="usually memory ran out: run the same command again, with fewer --workers") from None
+                        remedy="usually memory ran out: run the same command again, perhaps with fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def tokenised(pool: Executor, batches: Iterable[Batch], encoding_name: str, ahead: int) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Tokens of each batch, in order. At most `ahead` batches are under way, so memory is bounded whatever the corpus."""
+    under_way: deque = deque()
+    for batch in batches:
+        under_way.append((pool.submit(tokenise, [text for text in batch.documents if isinstance(text, str)], encoding_name), batch))
+        if len(under_way) >= ahead:
+            future, first = under_way.popleft()
+            yield future.result(), first
+    for future, batch in under_way:
+        yield future.result(), batch
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 
 class Writer:
-    """Cuts the token stream into shards and commits each with the position after it, so that a restart can go on there."""
+    """Cuts the stream of tokens into shards, and commits each with the position of the source after its last token."""
 
-    def __init__(self, folder: Path, corpus: str, settings: dict, shard_tokens: int, eot: int):
-        self.folder, self.corpus, self.settings, self.shard_tokens, self.eot = folder, corpus, settings, shard_tokens, eot
-        self.shards: list[dict] = []
-        # The first two shards are held back: a corpus that ends before them is divided in another way.
-        self.buffer, self.fill = np.empty(2 * shard_tokens, dtype=np.uint16), 0
+    def __init__(self, folder: Path, corpus: str, settings: dict, eot_token: int):
+        self.folder, self.corpus, self.settings, self.eot_token = folder, corpus, settings, eot_token
+        self.shard_tokens = settings["shard_tokens"]
+        partial = resume(folder, settings)
+        self.shards, self.position = partial["shards"], partial["position"]
+        self.committed = sum(shard["tokens"] for shard in self.shards)
+        # The first two shards are committed together: a corpus that ends before them is divided in another way.
+        self.buffer, self.fill = np.empty(2 * self.shard_tokens, dtype=np.uint16), 0
 
     @property
     def num_tokens(self) -> int:
-        return sum(shard["tokens"] for shard in self.shards) + self.fill
+        return self.committed + self.fill
 
     def add(self, new: np.ndarray, before: dict, skip: int) -> None:
-        """Append tokens `new[skip:]`; `before` is the position of the source before `new`."""
+        """Append new[skip:], where `before` is the position at the start of `new`."""
         while skip < len(new):
             target = self.shard_tokens if self.shards else 2 * self.shard_tokens
             n = min(len(new) - skip, target - self.fill)
@@ -262,128 +386,254 @@ class Writer:
                 for part in self.buffer[:target].reshape(-1, self.shard_tokens):
                     self.write(part)
                 self.fill = 0
-                tokens.write_manifest(self.folder, self.settings | {"shards": self.shards, "position": before | {"skip_tokens": skip}}, partial=True)
+                tokens.write_manifest(self.folder, self.settings | {"shards": self.shards, "position": before | {"skip": skip}}, partial=True)
 
     def write(self, part: np.ndarray) -> None:
-        kind = "train" if self.shards else "val"
-        self.shards.append(tokens.write_shard(self.folder / f"{self.corpus}_{kind}_{len(self.shards):06d}.bin", part))
+        split = "train" if self.shards else "val"
+        self.shards.append(tokens.write_shard(self.folder / f"{self.corpus}_{split}_{len(self.shards):06d}.bin", part))
+        self.committed += len(part)
 
-    def finish(self, documents: int, skipped: dict) -> None:
-        rest = self.buffer[:self.fill]
+    def finish(self, summary: dict) -> None:
+        """Write what is left, and the manifest."""
+        rest, self.fill = self.buffer[:self.fill], 0
         if not self.shards:
-            cut = validation_cut(rest, self.eot)
+            cut = validation_cut(rest, self.eot_token)
             self.write(rest[cut:])
             rest = rest[:cut]
         if len(rest):
             self.write(rest)
-        tokens.write_manifest(self.folder, self.settings | {"documents": documents, "skipped": skipped, "shards": self.shards})
+        tokens.write_manifest(self.folder, self.settings | summary | {"shards": self.shards})
 
 
-def validation_cut(stream: np.ndarray, eot: int) -> int:
-    """Where the last 10% of a small corpus begin: at the nearest document boundary when it has ten documents or more."""
-    cut = len(stream) - len(stream) // 10
-    starts = np.flatnonzero(stream == eot)
+def validation_cut(stream: np.ndarray, eot_token: int) -> int:
+    """Where the validating last tenth of a small corpus begins: at the nearest document if there are ten or more."""
+    cut = len(stream) - max(1, len(stream) // 10)
+    starts = np.flatnonzero(stream == eot_token)  # text never has this token: a literal <|endoftext|> is ordinary text
     return int(starts[1 + np.abs(starts[1:] - cut).argmin()]) if len(starts) >= 10 else cut
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Refuse a second process on the same folder, naming the first; the system frees it however the process ends."""
+    """Refuse a second process on the same folder, naming the first. The system frees the lock however a process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as f:
         try:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this kind is not inherited by workers
-        except OSError:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the two kinds the one that workers do not inherit
+        except BlockingIOError:
             f.seek(0)
-            raise UserError(f"{folder} is being prepared by {f.read() or 'another process'}", expected="one process at a time",
-                            remedy="wait for it or stop it") from None
+            raise UserError(f"{folder}: being prepared by {f.read() or 'another process'}", expected="one process at a time",
+                            remedy="wait for it, or stop it") from None
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}")
         f.flush()
         yield
 
 
+def resume(folder: Path, settings: dict) -> dict:
+    """The partial manifest of an interrupted preparation with the same settings, its shards checked; or a fresh one."""
+    for file in folder.glob("*.tmp"):  # what a kill left
+        file.unlink()
+    if (folder / "manifest.partial.json").exists():
+        partial = tokens.read_manifest(folder, partial=True)
+        if partial["shards"]:  # else nothing is lost by beginning anew
+            check_settings(folder, partial, settings)
+            tokens.verify_shards(folder, partial)
+            return partial
+    elif foreign := [file.name for file in folder.iterdir() if file.suffix in tokens.SUFFIXES]:
+        raise UserError(f"{folder}: holds {foreign[0]} and no manifest", expected="an empty directory", remedy="choose another --out")
+    partial = settings | {"shards": [], "position": None}
+    tokens.write_manifest(folder, partial, partial=True)
+    return partial
+
+
+def check_settings(folder: Path, manifest: dict, settings: dict) -> None:
+    """Refuse to go on with another source or another cut than the folder was begun with."""
+    old, new = ({"source": None} | m["source"] | {key: m[key] for key in ("encoding", "revision", "shard_tokens", "max_tokens")} for m in (manifest, settings))
+    if differing := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        raise UserError(f"{folder}: {', '.join(f'{key} was {old.get(key)!r}, now {new.get(key)!r}' for key in differing)}",
+                        expected="the settings and source it was begun with",
+                        remedy=f"repeat them{' (--revision ' + old['revision'] + ')' if 'revision' in differing else ''}, or choose another --out")
+
+
+class Progress:
+    """Tokens done of the total as far as it is known, tokens/s, time left, shard: a bar on a terminal, else lines."""
+
+    def __init__(self, say: Callable, done: int):
+        from tqdm import tqdm
+
+        self.say, self.first, self.start = say, done, time.monotonic()
+        self.next_line = self.start + 10
+        self.bar = tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None)  # None: disabled unless on a terminal
+
+    def show(self, done: int, fraction: float | None, shard: int) -> None:
+        now, total = time.monotonic(), done / fraction if fraction else None
+        if not self.bar.disable:
+            self.bar.total = total
+            self.bar.set_postfix_str(f"shard {shard}", refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif now > self.next_line:
+            self.next_line = now + 30
+            rate = (done - self.first) / (now - self.start)
+            left = f"of about {total:,.0f} ({fraction:.1%}), {duration((total - done) / rate)} left" if total and rate else "of an unknown total"
+            self.say(f"shard {shard}: {done:,} tokens {left}, {rate:,.0f} tokens/s")
+
+    def close(self, done: int) -> str:
+        self.bar.close()
+        seconds = time.monotonic() - self.start
+        return f"{seconds:.1f} s, {(done - self.first) / seconds:,.0f} tokens/s"
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"
+
+
+# ---------------------------------------------------------------------------------------------------- preparing
+
 def prepare(config: PrepareConfig, say: Callable = print) -> Path:
-    """Prepare what the flags describe; returns the folder. Goes on where an earlier, interrupted call stopped."""
-    workers = config.workers or len(os.sched_getaffinity(0))
-    encoding = tokens.get_encoding(config.tokenizer)
+    """Make the data directory that the flags describe, or go on where an earlier call was interrupted; returns it."""
+    files = expand(config.input)
     folder = config.folder
-    with lock(folder), worker_pool(workers, config.tokenizer) as pool:
-        source = open_source(config)
-        settings = {"encoding": config.tokenizer, "vocab_size": encoding.n_vocab, "source": source.identity, "revision": source.identity.get("revision"),
-                    "shard_tokens": config.shard_tokens, "max_tokens": config.max_tokens}
-        writer = Writer(folder, config.corpus, settings, config.shard_tokens, encoding.eot_token)
+    if files:
+        sizes = [[os.path.basename(file), os.path.getsize(file)] for file in files]
+        source = {"files": len(files), "bytes": sum(size for _, size in sizes), "names_and_sizes": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
+                  "text_column": config.text_column, "split_on": config.split_on}
+    elif config.pretokenized:
+        source = {"dataset": PRETOKENIZED if config.dataset == FINEWEB_EDU else config.dataset}
+    else:
+        source = {"dataset": config.dataset, "name": config.name, "split": config.split, "text_column": config.text_column}
+    encoding = tokens.get_encoding(config.tokenizer)
+    settings = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "source": source, "revision": None,
+                "shard_tokens": config.shard_tokens, "max_tokens": config.max_tokens}
+    with lock(folder):
         if (folder / "manifest.json").exists():
-            return folder
-        position = None
-        if (folder / "manifest.partial.json").exists():
-            partial = tokens.read_manifest(folder, partial=True)
-            writer.shards, position = partial["shards"], partial["position"]
+            manifest = tokens.read_manifest(folder)
+            pinned = manifest["revision"] if config.revision == "main" or files else config.revision
+            check_settings(folder, manifest, settings | {"revision": pinned})
+            (folder / "manifest.partial.json").unlink(missing_ok=True)  # the last thing a kill can leave
+            say(f"{folder} is already prepared")
+        elif config.pretokenized:
+            fetch(config, settings, say)
         else:
-            tokens.write_manifest(folder, settings | {"shards": [], "position": None}, partial=True)
-        position = position or {"source": None, "documents": 0, "skipped": {}, "skip_tokens": 0}
-        skip, documents, skipped = position["skip_tokens"], position["documents"], Counter(position["skipped"])
-        before = position
-        for new, after, values in tokenised(pool, source.batches(position["source"]), config.tokenizer, 3 * workers):
-            if config.max_tokens:
-                new = new[:max(0, config.max_tokens - writer.num_tokens + skip)]
-            writer.add(new, before, skip)
-            skip = 0
-            for value in values:
-                if not isinstance(value, str):
-                    skipped["missing text" if value is None else getattr(value, "reason", f"{type(value).__name__} for text")] += 1
-            documents += len(values)
-            before = {"source": after, "documents": documents, "skipped": dict(skipped)}
-            if config.max_tokens and writer.num_tokens >= config.max_tokens:
-                break
-        if writer.num_tokens <= documents:
-            raise UserError(f"{documents} documents without text", expected="some text", remedy="check the source")
-        writer.finish(documents, dict(skipped))
+            write(config, settings, files, say)
     return folder
 
 
-def tokenised(pool: Executor, batches: Iterable, encoding_name: str, ahead: int) -> Iterator[tuple[np.ndarray, dict, list]]:
-    """Tokens of each batch, in order, with at most `ahead` batches under way: memory stays bounded."""
-    under_way: deque = deque()
-    for values, after, _ in batches:
-        texts = [value for value in values if isinstance(value, str)]
-        under_way.append((pool.submit(tokenise, texts, encoding_name), after, values))
-        if len(under_way) > ahead:
-            future, after, values = under_way.popleft()
-            yield future.result(), after, values
-    for future, after, values in under_way:
-        yield future.result(), after, values
+def write(config: PrepareConfig, settings: dict, files: list[str], say: Callable) -> None:
+    """Read, tokenise and write; the one path that every corpus takes."""
+    workers = config.workers or multiprocessing.cpu_count()
+    with worker_pool(workers, config.tokenizer) as pool:
+        if not files:
+            settings["revision"] = hub_info(config, config.dataset, say).sha
+        writer = Writer(config.folder, config.corpus, settings, tokens.get_encoding(config.tokenizer).eot_token)
+        before = writer.position or {"source": None, "documents": 0, "skipped": {}, "skip": 0}
+        skip, documents, skipped = before["skip"], before["documents"], Counter(before["skipped"])
+        if writer.shards:
+            say(f"going on after shard {len(writer.shards) - 1} and {documents:,} documents")
+        batches = open_files(config, files).batches(before["source"]) if files else hub_batches(config, settings["revision"], before["source"], say)
+        progress = Progress(say, writer.num_tokens)
+        limit = config.max_tokens or 2**63
+        for new, batch in tokenised(pool, batches, config.tokenizer, 3 * workers):
+            writer.add(new[:skip + limit - writer.num_tokens], before, skip)
+            documents, skip = documents + len(batch.documents), 0
+            skipped.update(filter(None, map(reason_to_skip, batch.documents)))
+            before = {"source": batch.after, "documents": documents, "skipped": dict(skipped)}
+            progress.show(writer.num_tokens, max(batch.fraction or 0, writer.num_tokens / limit), len(writer.shards))
+            if documents > 1000:
+                check_skipped(config, documents, skipped)
+            if writer.num_tokens >= limit:
+                break
+        check_skipped(config, documents, skipped)
+        num_tokens, speed = writer.num_tokens, progress.close(writer.num_tokens)
+        if num_tokens <= documents - skipped.total():
+            raise UserError(f"{source_name(config)}: {documents:,} documents without any text", expected="some text", remedy="check the source")
+        writer.finish({"documents": documents, "skipped": dict(skipped)})
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "none"
+    say(f"{config.folder}: {documents:,} documents, {num_tokens:,} tokens in {len(writer.shards)} shards, {speed}; skipped documents: {reasons}")
+
+
+def source_name(config: PrepareConfig) -> str:
+    return "--input " + " ".join(config.input) if config.input else f"--dataset {config.dataset}"
+
+
+def check_skipped(config: PrepareConfig, documents: int, skipped: Counter) -> None:
+    if skipped.total() > MOST_SKIPPED * documents:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        raise UserError(f"{source_name(config)}: {skipped.total():,} of {documents:,} documents cannot be used: {reasons}",
+                        expected=f"at most {MOST_SKIPPED:.0%}", remedy=f"check the source and --text-column {config.text_column}")
+
+
+def hub_info(config: PrepareConfig, dataset: str, say: Callable):
+    from huggingface_hub import HfApi
+
+    return on_hub(config, say, lambda: HfApi().dataset_info(dataset, revision=config.revision, files_metadata=True))
+
+
+def fetch(config: PrepareConfig, settings: dict, say: Callable) -> None:
+    """Download llm.c shards from the hub, the validation shard first, whole ones until --max-tokens are there."""
+    from huggingface_hub import hf_hub_download
+
+    dataset, folder = settings["source"]["dataset"], config.folder
+    info = hub_info(config, dataset, say)
+    shards = sorted((file for file in info.siblings if re.search(r"_(val|train)_\d+\.bin$", file.rfilename)),
+                    key=lambda file: ("_val_" not in file.rfilename, file.rfilename))
+    if len(shards) < 2:
+        raise UserError(f"--dataset {dataset}: no *_val_*.bin and *_train_*.bin", expected="token shards in llm.c's format",
+                        remedy="leave out --pretokenized to tokenise its text")
+    ends = np.cumsum([(file.size - tokens.HEADER_BYTES) // 2 for file in shards])
+    wanted = shards[:max(2, int(np.searchsorted(ends, config.max_tokens)) + 1)] if config.max_tokens else shards
+    settings["revision"] = info.sha
+    done = resume(folder, settings)["shards"]
+    for i, file in enumerate(wanted[len(done):], start=len(done)):
+        say(f"shard {i} of {len(wanted)}: {file.rfilename}, {file.size / 1e6:,.0f} MB")
+        path = Path(on_hub(config, say, functools.partial(hf_hub_download, dataset, file.rfilename, repo_type="dataset", revision=info.sha,
+                                                          local_dir=folder / ".download")))
+        try:
+            done.append(tokens.adopt_shard(path, folder / path.name, file.lfs.sha256 if file.lfs else None))
+        except UserError:
+            path.unlink()  # or it would be taken for good the next time
+            raise
+        tokens.write_manifest(folder, settings | {"shards": done, "position": None}, partial=True)
+    shutil.rmtree(folder / ".download", ignore_errors=True)
+    tokens.write_manifest(folder, settings | {"shards": done})
+    say(f"{folder}: {sum(shard['tokens'] for shard in done):,} tokens in {len(done)} shards")
 
 
 # ---------------------------------------------------------------------------------------------------- for train_gpt2.py
 
 def prepare_path(path: str, tokenizer: str, say: Callable = print) -> Path:
-    """`--data PATH`: a data directory as it is; text, .jsonl and .parquet files or globs once into data/<name>-<content key>."""
+    """`--data PATH`: a directory as it is; text, .jsonl and .parquet files or globs, once, into data/<corpus>-<content key>."""
     if os.path.isdir(path):
         return Path(path)
-    files = [path] if os.path.exists(path) else sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     key = hashlib.sha256(tokenizer.encode())
-    for file in files:
+    for file in expand([path]):
         with open(file, "rb") as f:
-            key.update(hashlib.file_digest(f, "sha256").digest())
+            key.update(os.path.basename(file).encode() + b"\0" + hashlib.file_digest(f, "sha256").digest())
     config = PrepareConfig(input=(path,), tokenizer=tokenizer)
     return prepare(dataclasses.replace(config, out=f"data/{config.corpus}-{key.hexdigest()[:12]}"), say)
 
 
 def prepare_first_run(say: Callable = print) -> Path:
-    """The first run's corpus: the running Python's standard library as bytes, into data/first-run. No download."""
+    """The first run's corpus, without a download: the standard library of the running Python as bytes, in data/first-run."""
+    folder = Path("data/first-run")
+    if (folder / "manifest.json").exists():
+        return folder
     library = Path(sysconfig.get_paths()["stdlib"])
-    folders = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
-    files = [file for file in library.rglob("*.py") if not folders & set(file.relative_to(library).parts[:-1])]
-    # In the order of a hash: the last tenth, which validates, is then like the rest.
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+    files = [file for file in library.rglob("*.py") if not left_out.intersection(file.relative_to(library).parts)]
+    # Ordered by a hash, so that the last tenth, which validates, is like the rest.
     files.sort(key=lambda file: hashlib.sha256(file.relative_to(library).as_posix().encode()).digest())
-    return prepare(PrepareConfig(input=tuple(map(str, files)), tokenizer="bytes", out=FIRST_RUN), say)
+    return prepare(PrepareConfig(input=tuple(map(str, files)), tokenizer="bytes", out=str(folder)), say)
 
 
 def main() -> None:
-    config = parse_flags(PrepareConfig, PrepareConfig(), "Prepare token shards from a hub dataset, local text or ready-made shards.")
-    folder = prepare(config)
-    print(f"train on it: python train_gpt2.py --data {folder}")
+    config = parse_flags(PrepareConfig, PrepareConfig(), "Prepare token shards from a hub dataset, local files or ready-made shards.")
+    say = functools.partial(print, flush=True)
+    if config.verify:
+        num_tokens = tokens.verify(Path(config.verify))
+        say(f"{config.verify}: {num_tokens:,} tokens, all sizes, hashes and tokens are right")
+    else:
+        say(f"train on it: python train_gpt2.py --data {prepare(config, say)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import functools
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from runtime import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 END_OF_TEXT = "<|endoftext|>"
+SUFFIXES = (".bin", ".npy", ".ds")  # of token files: llm.c and ours, build-nanogpt, datatrove
 
 
 # ---------------------------------------------------------------------------------------------------- encodings
@@ -94,17 +96,35 @@ def write_shard(file: Path, tokens: np.ndarray) -> dict:
 def _write(file: Path, *parts: bytes | memoryview) -> str:
     """Write a file that has its name only once it is whole and on disk; returns its sha256."""
     temporary, digest = file.with_name(file.name + ".tmp"), hashlib.sha256()
-    with open(temporary, "wb") as f:
-        for part in parts:
-            f.write(part)
-            digest.update(part)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(temporary, "wb") as f:
+            for part in parts:
+                f.write(part)
+                digest.update(part)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:  # a full disk does not say which file it was
+        raise OSError(error.errno, error.strerror, str(file)) from None
     os.replace(temporary, file)
     folder = os.open(file.parent, os.O_RDONLY)  # the new name is on disk only when its directory is
     os.fsync(folder)
     os.close(folder)
     return digest.hexdigest()
+
+
+def adopt_shard(download: Path, file: Path, sha256: str | None) -> dict:
+    """Give a downloaded shard its name once it is known to be right; returns its manifest entry."""
+    shard = Shard.open(download)
+    digest = _sha256(download)
+    if sha256 not in (digest, None):
+        raise UserError(f"{file}: sha256 {digest}", expected=sha256, remedy="the download was damaged: run the same command again")
+    os.replace(download, file)
+    return {"name": file.name, "tokens": shard.count, "sha256": digest}
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -124,7 +144,7 @@ class Shard:
         if path.suffix == ".npy":
             offset, count = _npy_header(path)
         elif path.suffix == ".ds":
-            offset, count = 0, size // 2
+            offset, count = 0, _ds_count(path, size)
         else:
             header = np.fromfile(path, dtype="<i4", count=3)
             if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
@@ -149,6 +169,18 @@ def _npy_header(path: Path) -> tuple[int, int]:
         if dtype != np.dtype("<u2") or len(shape) != 1:
             raise UserError(f"{path}: dtype {dtype}, shape {shape}", expected="one dimension of uint16", remedy="prepare the data again with fineweb.py")
         return f.tell(), shape[0]
+
+
+def _ds_count(path: Path, size: int) -> int:
+    """Length of datatrove's headerless .ds; the .metadata that it writes beside it says the token size and the count."""
+    metadata = path.with_name(path.name + ".metadata")
+    if not metadata.is_file():
+        return size // 2
+    lines = metadata.read_text(errors="replace").splitlines()
+    if len(lines) < 2 or not lines[0].endswith("|2") or not lines[1].isdecimal():
+        raise UserError(f"{metadata}: {lines[:2]}", expected="<tokenizer>|2, for tokens of 2 bytes, and their number",
+                        remedy="tokenise with gpt2, or remove the file if it is not of datatrove")
+    return int(lines[1])
 
 
 # A map costs a file descriptor while it is open, so a corpus of thousands of shards keeps only some of them.
@@ -212,7 +244,7 @@ def open_data(folder: str | os.PathLike) -> TokenData:
     if (folder / "manifest.partial.json").exists():
         raise UserError(f"{folder}: its preparation is not finished (manifest.partial.json)", expected="a finished data directory",
                         remedy="run the same fineweb.py command again: it continues where it stopped")
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy", ".ds"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
         encoding, listed = manifest["encoding"], {entry["name"]: entry["tokens"] for entry in manifest["shards"]}
@@ -228,10 +260,13 @@ def open_data(folder: str | os.PathLike) -> TokenData:
     else:
         encoding, shards = "gpt2", [Shard.open(file) for file in files]  # what all those projects use
         fingerprint = hashlib.sha256(json.dumps([(s.path.name, s.count) for s in shards]).encode()).hexdigest()
-    val = [shard for shard in shards if "_val_" in shard.path.name]
-    if not val:  # datatrove does not name splits: as everywhere, the first shard validates
-        val = shards[:1]
+    val = [shard for shard in shards if re.search(r"(^|_)val(_\d+)?\.\w+$", shard.path.name)]
     train = [shard for shard in shards if shard not in val]
+    if not val and len(shards) == 1:  # as of every small corpus, the last tenth validates
+        cut = shards[0].count - shards[0].count // 10
+        train, val = [replace(shards[0], count=cut)], [replace(shards[0], offset=shards[0].offset + 2 * cut, count=shards[0].count - cut)]
+    elif not val:  # datatrove does not name splits: as everywhere, the first shard validates
+        train, val = shards[1:], shards[:1]
     if not train:
         raise UserError(f"{folder}: {len(files)} token shards", expected="at least one for training and one for validation",
                         remedy="prepare the data with fineweb.py")
@@ -258,6 +293,26 @@ def read_manifest(folder: Path, partial: bool = False) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: {type(error).__name__}: {error}", expected="a manifest written by fineweb.py", remedy="prepare the data again") from None
     return manifest
+
+
+def verify_shards(folder: Path, manifest: dict) -> None:
+    """Check size and sha256 of every shard in the manifest."""
+    for entry in manifest["shards"]:
+        shard = Shard.open(folder / entry["name"])
+        if (shard.count, _sha256(shard.path)) != (entry["tokens"], entry["sha256"]):
+            raise UserError(f"{shard.path}: {shard.count:,} tokens, contents changed", expected=f"{entry['tokens']:,} tokens of sha256 {entry['sha256']}",
+                            remedy="the file is damaged or was replaced: restore it, or prepare into a new directory")
+
+
+def verify(folder: Path) -> int:
+    """Read everything: sizes, sha256 where there is a manifest, and the range of every token. Returns the number of tokens."""
+    data = open_data(folder)
+    if (folder / "manifest.json").exists():
+        verify_shards(folder, read_manifest(folder))
+    for split in (data.val, data.train):
+        for start in range(0, len(split), 2**24):
+            split.read(start, min(start + 2**24, len(split)))
+    return len(data.val) + len(data.train)
 
 
 # ---------------------------------------------------------------------------------------------------- training order
