@@ -212,7 +212,7 @@ class TokenArray:
                                 remedy="the file is damaged or of another encoding: prepare it again")
             parts.append(part)
             start, i = min(stop, end), i + 1
-        return np.concatenate(parts) if len(parts) != 1 else np.array(parts[0])
+        return np.concatenate([np.empty(0, dtype=np.uint16), *parts])
 
     def num_windows(self, T: int) -> int:
         """Windows kT … kT+T that fit."""

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+hypothesis.settings.register_profile("untimed", deadline=None)  # this machine may be busy
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +24,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gpt2_vocabulary():
     """Skips where OpenAI's vocabulary is neither cached nor beside the project."""
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
