@@ -253,8 +253,8 @@ PLAIN_GPT2 = {
     "add_cross_attention": (False,), "quantization_config": (None,),
 }
 
-
-SIZE_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions", "vocab_size": "vocab_size"}  # ours: theirs
+# Our fields: their keys.
+SIZE_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions", "vocab_size": "vocab_size"}
 
 INDEX = "model.safetensors.index.json"
 CONVERT = ("for pickled weights convert them once where you trust them: "
@@ -407,13 +407,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     CHUNK = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # rows; larger gains nothing, smaller starves the matrix units
+    # Rows of zeros up to a multiple of 64 keep CUDA's matrix units aligned (50257 is odd); they never leave forward.
+    MULTIPLE = {"cpu": 1, "cuda": 64, "mps": 1}
 
     @staticmethod
     def forward(ctx, x, weight, targets, needs_grad):
         """x (N, C), weight (V, C), targets (N,)."""
         N, V = x.size(0), weight.size(0)
-        # Rows of zeros up to a multiple of 64 keep the matrix units aligned (50257 is odd); they never leave here.
-        padding = -V % 64 if x.is_cuda else 0
+        padding = -V % LinearCrossEntropy.MULTIPLE[x.device.type]
         w = F.pad(weight.to(x.dtype), (0, 0, 0, padding))
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         dx = torch.empty_like(x) if needs_grad else None
