@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -152,6 +153,18 @@ class Runtime:
         """The one autocast context, for training and evaluation alike."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    def attention(self, T: int):
+        """The attention kernels for training at context T, fastest first by measurement (docs/benchmarks.md).
+
+        On a CPU the fused kernel's bfloat16 backward is slow: plain matrix products beat it up to a context of about 512.
+        """
+        if self.device.type == "cuda":
+            backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            return sdpa_kernel(backends, set_priority=True)
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and T <= 512:
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks (gloo has no trustworthy average: sum, then divide)."""
         if self.world_size > 1:
@@ -207,6 +220,7 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if where.type == "cpu":
         keep_freed_memory()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for the CPU too: unfused attention stays in bfloat16
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
     return Runtime(rank, world_size, where, choose_dtype(dtype, where))

@@ -38,6 +38,7 @@ from sample import sample_text
 from tokens import ENCODINGS, TokenArray, TokenData, get_encoding, open_data, token_bytes, training_windows
 
 FINEWEB_EDU = "edu_fineweb10B"  # where fineweb.py puts the 10B-token sample
+FIRST_RUN = "data/first-run"  # where fineweb.prepare_first_run() puts its corpus
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -107,7 +108,7 @@ class TrainConfig:
 # Learning rates, batches and warm-up of GPT-2's sizes: GPT-3 paper, table 2.1 and appendix B; 10B tokens each.
 RECIPES = {
     "first-run": TrainConfig(
-        recipe="first-run", data=fineweb.FIRST_RUN, tokenizer="bytes", n_layer=4, n_head=4, n_embd=256, seq_len=256,
+        recipe="first-run", data=FIRST_RUN, tokenizer="bytes", n_layer=4, n_head=4, n_embd=256, seq_len=256,
         max_steps=600, total_batch_tokens=8192, micro_batch=32, learning_rate=2e-3, min_lr=2e-4, warmup_steps=50,
         eval_every=100, eval_tokens=131_072, hellaswag_every=0, sample_every=200, save_every=200, compile=False),
     "gpt2": TrainConfig(),
@@ -215,7 +216,7 @@ def train_step(loss_fn: torch.nn.Module, optimizer: torch.optim.AdamW, batch: to
         # Gradients are summed over ranks once, in the last backward; before it each rank accumulates alone.
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last or rt.world_size == 1 else loss_fn.no_sync():
-            with rt.autocast():
+            with rt.autocast(), rt.attention(config.seq_len):
                 loss = loss_fn(windows[:, :-1], windows[:, 1:]) / len(micro_batches)
             loss.backward()
         total += loss.detach()
@@ -268,7 +269,7 @@ def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
         raise UserError("--data is missing", expected="the text or token shards to train on", remedy="for example --data novel.txt")
     path = None
     if rt.is_main:
-        path = fineweb.prepare_first_run(rt.say) if config.data == fineweb.FIRST_RUN else fineweb.prepare_path(config.data, config.tokenizer, rt.say)
+        path = fineweb.prepare_first_run(rt.say) if config.data == FIRST_RUN else fineweb.prepare_path(config.data, config.tokenizer, rt.say)
     data = open_data(rt.share(path))
     if data.train.num_windows(config.seq_len) == 0:
         raise UserError(f"{config.data}: {len(data.train):,} training tokens", expected=f"at least one window of {config.seq_len + 1:,}",
