@@ -9,6 +9,7 @@ Shapes: B batch, T time, S cached time, C = n_embd channels, H = n_head heads, D
 import json
 import math
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,6 +242,7 @@ class GPT(nn.Module):
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         state = {name: (p.t() if name.endswith(TRANSPOSED) else p).detach().float().cpu().contiguous() for name, p in self.named_parameters()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it
 
 
 # Hugging Face's GPT-2 stores these four as [in, out] ("Conv1D"), the transpose of nn.Linear.
@@ -377,7 +379,7 @@ def _download_fault(error: Exception) -> tuple[str, str]:
         return "the hub refused the token", "check HF_TOKEN"
     reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
     return f"no such directory, not in the hub client's cache, and not to be had from the hub ({reason})", \
-        "check the name, the connection, HF_ENDPOINT and HF_HUB_OFFLINE, then try again: what has arrived is kept"
+        "check the name, the connection, HF_ENDPOINT and HF_HUB_OFFLINE, then try again"
 
 
 class NextTokenLoss(nn.Module):
@@ -398,6 +400,11 @@ class NextTokenLoss(nn.Module):
         return LinearCrossEntropy.apply(x.flatten(0, 1), self.model.transformer.wte.weight, targets.flatten(), torch.is_grad_enabled())
 
 
+LOSS_ROWS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # a chunk of the loss: larger gains nothing, smaller starves the matrix units
+# Rows of zeros up to a multiple of 64 keep CUDA's matrix units aligned (50257 is odd); they never leave the loss.
+LOSS_ALIGNMENT = {"cpu": 1, "cuda": 64, "mps": 1}
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T against targets, a chunk of rows at a time.
 
@@ -406,20 +413,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     dropped. Softmax and loss are float32, products in x's dtype, the weight gradient is summed in float32.
     """
 
-    CHUNK = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # rows; larger gains nothing, smaller starves the matrix units
-    # Rows of zeros up to a multiple of 64 keep CUDA's matrix units aligned (50257 is odd); they never leave forward.
-    MULTIPLE = {"cpu": 1, "cuda": 64, "mps": 1}
-
     @staticmethod
     def forward(ctx, x, weight, targets, needs_grad):
         """x (N, C), weight (V, C), targets (N,)."""
         N, V = x.size(0), weight.size(0)
-        padding = -V % LinearCrossEntropy.MULTIPLE[x.device.type]
+        padding = -V % LOSS_ALIGNMENT[x.device.type]
         w = F.pad(weight.to(x.dtype), (0, 0, 0, padding))
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         dx = torch.empty_like(x) if needs_grad else None
         dw = torch.zeros(w.shape, device=x.device, dtype=torch.float32) if needs_grad else None
-        chunk = LinearCrossEntropy.CHUNK[x.device.type]
+        chunk = LOSS_ROWS[x.device.type]
         for start in range(0, N, chunk):
             rows, target = x[start:start + chunk], targets[start:start + chunk, None]  # (n, C), (n, 1)
             logits = rows @ w.t()  # (n, V + padding)
