@@ -426,7 +426,7 @@ def train(run: Run) -> None:
     if rt.world_size > 1:
         loss_fn = DistributedDataParallel(loss_fn, device_ids=[rt.device] if rt.device.type == "cuda" else None, gradient_as_bucket_view=True)
     if config.compile:
-        loss_fn = torch.compile(loss_fn, dynamic=False)
+        loss_fn = torch.compile(loss_fn, dynamic=False, fullgraph=rt.world_size == 1)
     peak, flops, stopping, told = peak_flops(rt.device), flops_per_token(run.model.config), False, 0.0
 
     def fetch(step: int) -> torch.Tensor:
