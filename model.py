@@ -50,25 +50,26 @@ class KVCache:
     """Keys and values of every layer, allocated once for `length` tokens.
 
     `position` counts the tokens stored so far. It is a tensor, so that a compiled one-token step sees the same graph
-    at every position.
+    at every position. `seen` bounds what attention reads: whoever knows the position on the host may lower it to the
+    tokens that are there, including those of the next call, and spare attention the empty rest.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch_size, config.n_head, length, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))  # (B, H, S, D)
         self.position = torch.zeros((), device=device, dtype=torch.long)
+        self.seen = length
 
     def positions(self, T: int) -> torch.Tensor:
         """Positions of the next T tokens, (T,)."""
         return self.position + torch.arange(T, device=self.position.device)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, H, T, D) of the next T tokens; return the layer's whole cache (B, H, S, D)."""
+        """Store k, v (B, H, T, D) of the next T tokens; return what attention reads, (B, H, seen, D) in the cache's dtype."""
         positions = self.positions(k.size(2))
-        self.k[layer].index_copy_(2, positions, k)
-        self.v[layer].index_copy_(2, positions, v)
-        return self.k[layer], self.v[layer]
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
+            kept.index_copy_(2, positions, new.to(kept.dtype))
+        return self.k[layer][:, :, :self.seen], self.v[layer][:, :, :self.seen]
 
 
 class CausalSelfAttention(nn.Module):
@@ -85,9 +86,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
+            q = q.to(k.dtype)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # changes only what a cache of another dtype gave
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -164,7 +166,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         if cache is not None:
             positions = cache.positions(T)
-            mask = torch.arange(cache.k.size(3), device=idx.device) <= positions[:, None]  # (T, S)
+            mask = torch.arange(cache.seen, device=idx.device) <= positions[:, None]  # (T, S)
         elif positions is None:
             if T > self.config.block_size:
                 raise ValueError(f"{T} tokens, but block_size is {self.config.block_size}")
