@@ -11,6 +11,7 @@ block_size tokens would have to be read, the last block_size // 2 are read afres
 """
 
 import codecs
+import functools
 import math
 import sys
 from collections.abc import Iterator
@@ -19,10 +20,57 @@ from typing import Literal
 
 import tiktoken
 import torch
+import torch.nn as nn
 
 from checkpoint import load_model
 from model import GPT, KVCache
 from runtime import UserError, parse_flags, run_script, start
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+# New tokens from which the preparation of a faster step is repaid, from measured costs (docs/benchmarks.md).
+PACK_REPAID = 100  # on a CPU: 0.3 s at 124M, 5 ms saved a token
+COMPILE_REPAID = 10_000  # on CUDA: some 30 s, a few ms saved a token
+
+
+def last_logits(model: GPT, unread: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Read the tokens, (B, T), into the cache; logits of what follows, (B, V)."""
+    return model.head(model.hidden(unread, cache=cache)[:, -1])
+
+
+@functools.cache  # torch.compile forgets what it compiled with the function it returned
+def compiled_step():
+    """`last_logits` compiled for one token: on CUDA the hundreds of kernel launches of a step become one graph's."""
+    return torch.compile(last_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose bfloat16 weight lies in the blocks that oneDNN multiplies few rows by.
+
+    The two operators are what torch.compile itself uses for constant weights, without the minute a compiler takes.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(model: GPT, rows: int) -> bool:
+    """Change a model in place so that it generates `rows` texts faster, and does nothing else any more: it cannot be
+    trained or saved. Only for bfloat16 on a CPU that multiplies it; returns whether it was done."""
+    weight, has = model.transformer.wte.weight, torch.cpu.get_capabilities() if model.device.type == "cpu" else {}
+    if weight.dtype != torch.bfloat16 or not (has.get("avx512_bf16") or has.get("amx_bf16")):
+        return False
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias, rows))
+    model.head = PackedLinear(weight, None, rows).forward
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -61,24 +109,35 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 @torch.no_grad()
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           stop_token: int | None = None, generator: torch.Generator | None = None, vocab_size: int | None = None) -> Iterator[torch.Tensor]:
+           stop_token: int | None = None, generator: torch.Generator | None = None, vocab_size: int | None = None,
+           compiled: bool | None = None) -> Iterator[torch.Tensor]:
     """Continue idx, int64 (B, T): yields every row's next token, (B, 1), until max_new_tokens or all rows have stopped.
 
     A row that has drawn stop_token yields it ever after. vocab_size: draw only ids below it, for a model that has more
-    rows than its encoding has tokens. The generator lives on the model's device; the model is in eval mode.
+    rows than its encoding has tokens. compiled: use `compiled_step`; None: where the run repays it. The generator
+    lives on the model's device; the model is in eval mode.
     """
     check_sampling(temperature, top_k, top_p)
     B, T = idx.shape
     block_size, kind = model.config.block_size, idx.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.transformer.wte.weight.dtype
+    if kind == "cpu":
+        dtype = torch.float32  # attention of a single query takes half as long as in bfloat16
     cache = KVCache(model.config, B, min(block_size, T + max_new_tokens), idx.device, dtype)
+    if compiled is None:
+        compiled = kind == "cuda" and max_new_tokens >= COMPILE_REPAID
+    if compiled:
+        for tensor in (*cache.k, *cache.v, cache.position):  # so that a CUDA graph writes to them in place
+            torch._dynamo.mark_static_address(tensor)
     reread = max(1, block_size // 2)
     tokens, unread, used = [idx], idx if T <= block_size else idx[:, -reread:], 0
     stopped = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
     for n in range(max_new_tokens):
-        logits = model.head(model.hidden(unread, cache=cache)[:, -1])  # (B, V)
         used += unread.size(1)
-        unread = next_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B, 1)
+        if kind == "cpu" and not compiled:
+            cache.seen = used
+        step = compiled_step() if compiled and unread.size(1) == 1 else last_logits
+        unread = next_token(step(model, unread, cache)[:, :vocab_size], temperature, top_k, top_p, generator)  # (B, 1)
         if stop_token is not None:
             unread = unread.masked_fill(stopped, stop_token)
             stopped |= unread == stop_token
@@ -93,7 +152,8 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
 
 
 def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-             stop_token: int | None = None, generator: torch.Generator | None = None, vocab_size: int | None = None) -> torch.Tensor:
+             stop_token: int | None = None, generator: torch.Generator | None = None, vocab_size: int | None = None,
+             compiled: bool | None = None) -> torch.Tensor:
     """Continue idx, int64 (B, T), by max_new_tokens: int64 (B, T + max_new_tokens), prompt included.
 
     temperature 0 is greedy. Rows that have stopped are filled with stop_token. See `stream` for the other arguments;
@@ -102,7 +162,7 @@ def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: fl
     training = model.training
     model.eval()
     try:
-        tokens = list(stream(model, idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator, vocab_size))
+        tokens = list(stream(model, idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator, vocab_size, compiled))
     finally:
         model.train(training)
     missing = max_new_tokens - len(tokens)
@@ -173,6 +233,8 @@ def main() -> None:
     model, encoding, picked = load_model(config.model)
     print(f"model {picked}, seed {config.seed}", file=sys.stderr)
     model.to(rt.device, rt.dtype)
+    if config.max_new_tokens >= PACK_REPAID:
+        pack_linears(model, config.num_samples)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? where it lacks a character
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                     generator=torch.Generator(rt.device).manual_seed(config.seed))

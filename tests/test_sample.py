@@ -1,5 +1,6 @@
 """Sampling: cached decoding against uncached and against transformers, distributions, stopping, text, command line."""
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -7,10 +8,11 @@ import sys
 import pytest
 import torch
 
+import sample
 from conftest import ROOT
 from model import GPT, GPTConfig
 from runtime import UserError
-from sample import SampleConfig, encode_prompt, generate, next_token, sample_text, stream_text
+from sample import SampleConfig, encode_prompt, generate, last_logits, next_token, pack_linears, sample_text, stream_text
 from tokens import get_encoding
 
 SHAPES = [GPTConfig(2, 2, 16, 24, 97), GPTConfig(1, 1, 8, 7, 33), GPTConfig(3, 4, 32, 64, 257), GPTConfig(2, 5, 40, 16, 131)]
@@ -194,3 +196,30 @@ def test_command_line(tmp_path):
     assert two.returncode == 0 and two.stdout.count("--- sample") == 2, two.stderr
     bad = command_line("--model", str(tmp_path), "--top-p", "2")
     assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("error: --top-p 2.0; expected ") and "Traceback" not in bad.stderr
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16"), reason="this CPU does not multiply bfloat16")
+@torch.no_grad()
+def test_packed_weights_compute_the_same():
+    model, idx = wide(SHAPES[2]).bfloat16(), torch.randint(257, (3, 5))
+    packed = copy.deepcopy(model)
+    assert pack_linears(packed, rows=3)
+    torch.testing.assert_close(packed(idx), model(idx), rtol=0.02, atol=0.05)
+    out = generate(packed, idx, 50, temperature=0)
+    logits = model(out)[:, 4:-1].float()  # what the plain model thinks of each token that the packed one chose
+    assert (logits.max(-1).values - logits.gather(-1, out[:, 5:, None])[..., 0]).max() < 0.3 < logits.std()
+
+
+def test_packing_leaves_a_float32_model_alone():
+    model = wide(SHAPES[0])
+    assert not pack_linears(model, rows=1) and type(model.transformer.h[0].mlp.c_fc) is torch.nn.Linear
+
+
+def test_the_compiled_step_is_one_graph_for_every_position(monkeypatch):
+    graphs = []
+    step = torch.compile(last_logits, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(sample, "compiled_step", lambda: step)
+    model, idx = wide(SHAPES[0]), torch.randint(97, (2, 5))
+    for _ in range(2):  # a second run re-uses it
+        assert torch.equal(generate(model, idx, 60, temperature=0, compiled=True), greedy_uncached(model, idx, 60))
+    assert len(graphs) == 1
