@@ -41,7 +41,7 @@ def transformers_twin(model: GPT):
     c = model.config
     with torch.device("meta"):
         twin = GPT2LMHeadModel(GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size, vocab_size=c.vocab_size,
-                                          resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None))
+                                          resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None))
     state = {name: (p.t() if name.endswith(TRANSPOSED) else p).detach() for name, p in model.named_parameters()}
     twin.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]}, assign=True)
     twin.tie_weights()
@@ -140,11 +140,18 @@ def test_context_is_bounded():
         random_model(SHAPES[0])(torch.zeros(1, 33, dtype=torch.long))
 
 
-def test_dropout_only_in_training():
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.5))
-    x = torch.randint(64, (1, 16))
-    assert not torch.equal(model.train()(x), model(x))
-    assert torch.equal(model.eval()(x), model(x))
+def test_dropout_equals_transformers():
+    """The same places in the same order: with the same seed both drop the same values, and nothing in evaluation."""
+    model = random_model(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.2))
+    twin = transformers_twin(model)
+    x = torch.randint(64, (2, 16))
+    logits = []
+    for network in (model.train(), twin.train()):
+        torch.manual_seed(1)
+        logits.append(network(x))
+    assert torch.allclose(logits[0], logits[1].logits, atol=1e-4)
+    assert not torch.allclose(logits[0], model(x), atol=1e-2)
+    assert torch.allclose(model.eval()(x), twin.eval()(x).logits, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- loss

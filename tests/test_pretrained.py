@@ -332,12 +332,14 @@ def test_the_real_client_on_a_local_hub(hub, tmp_path):
     server, weights = hub
     place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
     names = ["plain/single", "plain/sharded", "flaky/single", "broken/single", "gated/single", "other/llama", "other/pickle", "other/escape",
-             "no/such", "captive/portal", "busy/hub", "no/hub/name"]
+             "no/such", "captive/portal", "busy/hub", "no/hub/name", "plain/single"]
     found = load_elsewhere(names, **place)
     for name in ("plain/single", "plain/sharded"):
         assert found[name] == weights, name
-    # What was fetched: nothing but the config and the weights; after a dropped connection only what was still missing.
-    assert {file for _, repository, file, _ in server.requests if repository == "plain/single"} == {"config.json", "model.safetensors"}
+    # What was fetched: nothing but the config and the weights, the second time only the question whether they are still
+    # the newest; after a dropped connection only what was still missing.
+    assert [(method, file) for method, repository, file, _ in server.requests if repository == "plain/single"] == [
+        ("HEAD", "config.json"), ("GET", "config.json"), ("HEAD", "model.safetensors"), ("GET", "model.safetensors"), ("HEAD", "config.json")]
     assert found["flaky/single"] == weight_hash(GPT.from_pretrained(server.root / "flaky/single"))
     assert ("GET", "flaky/single", "model.safetensors", f"bytes={DROP}-") in server.requests
     assert not any(repository == "other/llama" and file != "config.json" for _, repository, file, _ in server.requests)
