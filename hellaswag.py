@@ -3,8 +3,8 @@
     python hellaswag.py --model gpt2 --device cuda      accuracy over the 10,042 validation items
     python hellaswag.py --download                      fetch the data and stop
 
-An item is a context with four endings, one of them right; a model is right when it finds that ending the likeliest.
-Two conventions are in use, and their figures must not be mixed:
+An item is a context with four endings; a model is right when it finds the right one the likeliest. Two conventions
+are in use, and their figures must not be mixed:
 
 - completion (build-nanogpt, llm.c): `ctx`, then " " + ending. acc takes the ending with the highest summed
   log-probability, acc_norm the highest mean per token.
@@ -12,12 +12,7 @@ Two conventions are in use, and their figures must not be mixed:
   takes the highest sum, acc_norm the highest sum divided by the number of characters of the ending.
 
 Their contexts differ from the first token on, so one forward pass cannot serve both; acc and acc_norm share theirs.
-
-How it is fast: a context is read once, its endings after it in the same row, where a mask and positions let each
-ending see the context and itself; items sorted by length leave next to no padding; and the projection onto the
-vocabulary, a third of the work at 124M, runs only at the positions that predict a token of an ending.
-
-An item longer than block_size loses the start of its context, as in lm-evaluation-harness.
+An item longer than block_size loses the start of its context, in either style, as in lm-evaluation-harness.
 """
 
 import hashlib
@@ -29,7 +24,8 @@ import re
 import secrets
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +52,7 @@ Style = Literal["completion", "harness"]
 @dataclass(frozen=True)
 class Item:
     ctx: str
-    endings: tuple[str, str, str, str]
+    endings: Sequence[str]  # four
     label: int  # which ending is right
     activity_label: str | None = None  # these three for harness style only
     ctx_a: str | None = None
@@ -105,10 +101,10 @@ def load_items(file: Path | None = None) -> list[Item]:
     """Items of a JSON-lines file in the official schema; None is the official file, checked against its hash."""
     path = file or DATA
     if not path.is_file():
-        raise UserError(f"{path}: no such file", expected="HellaSwag items as JSON lines", remedy="fetch it with hellaswag.py --download, or check --data")
+        raise UserError(f"{path}: no such file", expected="HellaSwag items as JSON lines", remedy="check --data, or use --download")
     content = path.read_bytes()
     if file is None and (found := _mismatch(content, SIZE, SHA256)):
-        raise UserError(f"{path}: {found}", expected=f"the official file of {ROWS:,} rows", remedy="hellaswag.py --download fetches it again")
+        raise UserError(f"{path}: {found}", expected=f"the official file of {ROWS:,} rows", remedy="fetch it again with --download")
     items = [_parse(line, f"{path}:{number}") for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
     if not items:
         raise UserError(f"{path}: no items", expected="at least one", remedy="check --data")
@@ -116,46 +112,42 @@ def load_items(file: Path | None = None) -> list[Item]:
 
 
 def _parse(line: bytes, place: str) -> Item:
-    def fault(found):
-        return UserError(f"{place}: {found}", expected="ctx, four endings that are not empty, and a label from 0 to 3", remedy="mend the line or fetch the file again")
-
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # JSON can spell lone surrogates, which are no text
-    except (ValueError, RecursionError) as error:
-        raise fault(f"{type(error).__name__}: {error}") from None
-    if not isinstance(row, dict):
-        raise fault(f"a JSON {type(row).__name__}")
-    endings, optional = row.get("endings"), {key: row.get(key) for key in ("activity_label", "ctx_a", "ctx_b")}
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) and e.strip() for e in endings):
-        raise fault(f"endings {str(endings)[:80]}")
-    if str(row.get("label")) not in ("0", "1", "2", "3"):  # a string in some copies
-        raise fault(f"label {row.get('label')!r}")
-    if not isinstance(row.get("ctx"), str) or not row["ctx"].strip() or not all(isinstance(v, str | None) for v in optional.values()):
-        raise fault(f"ctx {str(row.get('ctx'))[:80]!r}")
-    return Item(row["ctx"], tuple(endings), int(row["label"]), **optional)
+        item = Item(row["ctx"], row["endings"], int(str(row["label"])), row.get("activity_label"), row.get("ctx_a"), row.get("ctx_b"))
+        if not isinstance(item.endings, list) or len(item.endings) != 4 or item.label not in range(4):  # the label is a string in some copies
+            raise ValueError(f"label {item.label}, endings {str(item.endings)[:80]}")
+        if not all(isinstance(text, str) and text.strip() for text in (item.ctx, *item.endings)):
+            raise ValueError("ctx or an ending is empty or not text")
+        if not all(isinstance(text, str | None) for text in (item.activity_label, item.ctx_a, item.ctx_b)):
+            raise ValueError("activity_label, ctx_a or ctx_b is not text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{place}: {type(error).__name__}: {error}", expected="ctx, four endings that are not empty, and a label from 0 to 3",
+                        remedy="mend the line or fetch the file again") from None
+    return item
 
 
 def find_items(rt: Runtime) -> list[Item] | None:
-    """For the training loop: the official items, fetched if they are not there; None, and one line that says why,
-    if that fails. Rank 0 reads, all ranks receive."""
+    """For the training loop, which does not die of this: the official items, fetched if they are not there; None, and
+    one line that says why, if that fails. Rank 0 reads, all ranks receive."""
     items = None
     if rt.is_main:
         try:
             if not DATA.is_file():
                 fetch(attempts=1)
             items = load_items()
-        except UserError as error:
+        except (UserError, OSError) as error:
             rt.say(f"HellaSwag is skipped: {error}")
     return rt.share(items)
 
 
 # ---------------------------------------------------------------------------------------------------- text to tokens
 
-def render(item: Item, style: Style) -> tuple[str, list[str], list[int]]:
-    """Context, the four continuations to score after it, and the endings' lengths in characters."""
+def render(item: Item, style: Style) -> tuple[str, list[str], list[float] | None]:
+    """Context, the four continuations to score after it, and what acc_norm divides their scores by (None: by tokens)."""
     if style == "completion":
-        return item.ctx, [" " + ending for ending in item.endings], [len(ending) for ending in item.endings]
+        return item.ctx, [" " + ending for ending in item.endings], None
     if item.activity_label is None or item.ctx_a is None or item.ctx_b is None:
         raise UserError("--style harness: the items lack activity_label, ctx_a or ctx_b", expected="items in the official schema",
                         remedy="use --style completion, or the official data")
@@ -163,7 +155,8 @@ def render(item: Item, style: Style) -> tuple[str, list[str], list[int]]:
     endings = [_clean(ending) for ending in item.endings]
     context = query.rstrip()  # GPT-2's tokens begin with a space, never end with one: the harness scores it with the ending
     gap = query[len(context):] + " "
-    return context, [gap + ending for ending in endings], [len(ending) for ending in endings]
+    # An ending that the clean-up empties must not win: the harness divides by 0 and gets -inf, this gets close.
+    return context, [gap + ending for ending in endings], [len(ending) or 1e-9 for ending in endings]
 
 
 def _clean(text: str) -> str:
@@ -172,32 +165,33 @@ def _clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-@dataclass(frozen=True)
-class Question:
-    """An item in tokens. rows: (context, [(k, tokens of ending k), …]); one row unless truncation cuts the endings'
-    contexts differently."""
+# A context, and the endings read after it: (number of the ending = 4 · number of the item + k, its tokens).
+Row = tuple[list[int], list[tuple[int, list[int]]]]
 
-    index: int
-    rows: list[tuple[list[int], list[tuple[int, list[int]]]]]
-    longest: int  # tokens of the longest row
-    tokens: list[int]  # scored, per ending
 
-    @classmethod
-    def encode(cls, index: int, context: str, endings: list[str], encoding: tiktoken.Encoding, block_size: int) -> "Question":
-        head = encoding.encode_ordinary(context)
-        rows, counts = {}, []
-        for k, ending in enumerate(endings):
-            tokens = encoding.encode_ordinary(ending)
-            # The last token is predicted, never read, so block_size + 1 fit; one of them has to come before the first scored.
-            whole = (head + tokens)[-(block_size + 1):]
-            scored = min(len(tokens), block_size)
-            rows.setdefault(tuple(whole[:-scored]), []).append((k, whole[-scored:]))
-            counts.append(scored)
-        rows = [(list(cut), branches) for cut, branches in rows.items()]
-        return cls(index, rows, max(len(cut) + sum(len(tokens) - 1 for _, tokens in branches) for cut, branches in rows), counts)
+def row_length(row: Row) -> int:
+    return len(row[0]) + sum(len(tokens) - 1 for _, tokens in row[1])  # an ending's last token is predicted, never read
+
+
+def to_rows(number: int, item: Item, style: Style, encoding: tiktoken.Encoding, block_size: int) -> tuple[list[Row], list[float]]:
+    """The item's rows, one unless truncation leaves the endings different contexts, and what acc_norm divides by."""
+    context, endings, lengths = render(item, style)
+    head, rows, counts = encoding.encode_ordinary(context), {}, []
+    for k, ending in enumerate(endings):
+        tokens = encoding.encode_ordinary(ending)
+        # block_size tokens are read, the last is predicted; the first scored one needs one before it.
+        whole, scored = (head + tokens)[-(block_size + 1):], min(len(tokens), block_size)
+        rows.setdefault(tuple(whole[:-scored]), []).append((4 * number + k, whole[-scored:]))
+        counts.append(scored)
+    return [(list(start), branches) for start, branches in rows.items()], lengths or counts
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
+
+# A context is read once, its endings after it in the same row, where a mask and positions let each ending see the context
+# and itself: half the tokens of four padded rows. Items sorted by length leave next to no padding, and the projection onto
+# the vocabulary, a third of the work at 124M, runs only where a token of an ending is predicted. A key-value cache or rows
+# packed without padding do the same arithmetic; measured on a CPU they were within 5% of this, which is the simplest.
 
 # Tokens in a batch, and the multiple its rows are padded to: a CPU wants what its caches hold, a GPU few large shapes.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
@@ -205,19 +199,16 @@ PAD_TO = {"cpu": 8, "cuda": 32, "mps": 32}
 HEAD_ROWS = {"cpu": 512, "cuda": 4096, "mps": 2048}  # logits in memory at once
 
 
-def make_batches(questions: list[Question], batch_tokens: int, pad_to: int) -> list[tuple[list[Question], int]]:
-    """Questions of similar length together, each batch with the row length T that holds them. Ranks share out whole
-    batches, so that scores are the same at any world size; shuffled, so that the running accuracy is not that of
-    the longest items and ranks carry even loads."""
-    batches, i = [], 0
-    questions = sorted(questions, key=lambda q: -q.longest)
-    while i < len(questions):
-        T = math.ceil(questions[i].longest / pad_to) * pad_to
-        rows, first = 0, i
-        while i < len(questions) and (i == first or (rows + len(questions[i].rows)) * T <= batch_tokens):
-            rows += len(questions[i].rows)
-            i += 1
-        batches.append((questions[first:i], T))
+def make_batches(rows: list[Row], batch_tokens: int, pad_to: int) -> list[tuple[list[Row], int]]:
+    """Rows of similar length together, each batch with the length T that holds them. Ranks share out whole batches, so
+    that scores are the same at any world size; shuffled, so that ranks carry even loads and the running accuracy is
+    not that of the longest items."""
+    rows, batches = sorted(rows, key=row_length, reverse=True), []
+    while rows:
+        T = math.ceil(row_length(rows[0]) / pad_to) * pad_to
+        n = max(1, batch_tokens // T)
+        batches.append((rows[:n], T))
+        rows = rows[n:]
     random.Random(0).shuffle(batches)
     return batches
 
@@ -229,35 +220,31 @@ def head_weight(model: GPT, dtype: torch.dtype) -> torch.Tensor:
     return F.pad(weight, (0, 0, 0, -len(weight) % 64))
 
 
-def log_probabilities(model: GPT, weight: torch.Tensor, questions: list[Question], T: int) -> np.ndarray:
-    """Summed log-probability of every ending, float64 (len(questions), 4), from one forward pass over rows of T tokens.
-    weight: from head_weight."""
-    B = sum(len(question.rows) for question in questions)
-    idx, positions, branch = (np.zeros((B, T), dtype=np.int64) for _ in range(3))  # branch 0 is context, k + 1 ending k
-    where, targets, owners = [], [], []  # flat positions that predict, the tokens they predict, the endings these belong to
-    b = 0
-    for q, question in enumerate(questions):
-        for context, branches in question.rows:
-            n = end = len(context)
-            idx[b, :n], positions[b, :n] = context, np.arange(n)
-            for k, tokens in branches:
-                first, end = end, end + len(tokens) - 1
-                idx[b, first:end], positions[b, first:end], branch[b, first:end] = tokens[:-1], np.arange(n, n + end - first), k + 1
-                where += [b * T + n - 1, *range(b * T + first, b * T + end)]
-                targets += tokens
-                owners += [4 * q + k] * len(tokens)
-            branch[b, end:] = -1  # padding: nothing real comes after it
-            b += 1
+def log_probabilities(model: GPT, weight: torch.Tensor, rows: list[Row], T: int) -> tuple[list[int], np.ndarray]:
+    """For every token of every ending, the number of its ending and its log-probability: one forward pass over rows
+    padded to T tokens. weight: from head_weight."""
+    idx, positions, branch = (np.zeros((len(rows), T), dtype=np.int64) for _ in range(3))  # branch 0 is context, k + 1 its ending k
+    numbers, where, targets = [], [], []  # per token: of its ending, the flat position that predicts it, the token
+    for b, (context, endings) in enumerate(rows):
+        n = end = len(context)
+        idx[b, :n], positions[b, :n] = context, np.arange(n)
+        for k, (number, tokens) in enumerate(endings):
+            first, end = end, end + len(tokens) - 1
+            idx[b, first:end], positions[b, first:end], branch[b, first:end] = tokens[:-1], np.arange(n, n + end - first), k + 1
+            numbers += [number] * len(tokens)
+            where += [b * T + n - 1, *range(b * T + first, b * T + end)]
+            targets += tokens
+        branch[b, end:] = -1  # padding, which nothing before it sees
     idx, positions, branch, where, targets = (torch.as_tensor(x).to(model.device) for x in (idx, positions, branch, where, targets))
     same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # (B, T, T)
     mask = same & torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
     x = model.hidden(idx, positions, mask[:, None]).flatten(0, 1)[where]  # (N, C)
     log_p = []
-    for rows, target in zip(*(y.split(HEAD_ROWS[x.device.type]) for y in (x, targets)), strict=True):
-        logits = F.linear(rows.to(weight.dtype), weight)  # (n, V + padding)
+    for x, target in zip(*(y.split(HEAD_ROWS[y.device.type]) for y in (x, targets)), strict=True):
+        logits = F.linear(x.to(weight.dtype), weight)  # (n, V + padding)
         logits[:, model.config.vocab_size:] = -torch.inf
         log_p.append(-F.cross_entropy(logits.float(), target, reduction="none"))
-    return np.bincount(owners, torch.cat(log_p).cpu().numpy(), minlength=4 * len(questions)).reshape(-1, 4)
+    return numbers, torch.cat(log_p).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -279,7 +266,7 @@ class Result:
 
     def summary(self) -> dict:
         """All but the arrays, for JSON."""
-        return {key: value for key, value in asdict(self).items() if not key.startswith("log_p")}
+        return {key: value for key, value in vars(self).items() if not key.startswith("log_p")}
 
     def __str__(self) -> str:
         return (f"HellaSwag, {self.style} style, {self.items:,} items, {self.model}: "
@@ -287,57 +274,39 @@ class Result:
                 f"({self.seconds:.1f} s, {self.items_per_second:.1f} items/s)")
 
 
-class Progress:
-    """A bar on a terminal, a line every tenth elsewhere, nothing on other ranks."""
-
-    def __init__(self, total: int, rt: Runtime, show: bool):
-        self.bar = tqdm(total=total, unit="item", desc="HellaSwag", disable=not (show and rt.is_main and sys.stderr.isatty()))
-        self.say = rt.say if show and self.bar.disable else lambda line: None
-        self.total, self.done = total, 0
-
-    def update(self, items: int, text: str) -> None:
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(items)
-        before, self.done = self.done, self.done + items
-        if 10 * before // self.total < 10 * self.done // self.total:
-            self.say(f"{self.done:,} of {self.total:,} items, {text}")
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.bar.close()
-
-
 def evaluate(model: GPT, encoding: tiktoken.Encoding, items: list[Item], style: Style = "completion", rt: Runtime | None = None,
-             name: str = "model", progress: bool = True, batch_tokens: int | None = None) -> Result:
+             name: str = "model", progress: bool = False, batch_tokens: int | None = None) -> Result:
     """Score items with a raw GPT (neither compiled nor wrapped by DDP); every rank gets the whole result.
 
     rt: where to compute and with how many; default here, alone, in the fastest dtype. name: for the report.
+    progress: a bar on a terminal, a line every tenth elsewhere.
     """
     rt = rt or Runtime(0, 1, model.device, choose_dtype("auto", model.device))
     start_time = time.monotonic()
-    texts = [render(item, style) for item in items]
-    questions = [Question.encode(i, context, endings, encoding, model.config.block_size) for i, (context, endings, _) in enumerate(texts)]
-    # An ending that the clean-up leaves empty must not win: as in the harness its score is -inf, though never by a division by 0.
-    lengths = np.array([question.tokens if style == "completion" else [n or 1e-9 for n in characters]
-                        for question, (_, _, characters) in zip(questions, texts, strict=True)])
+    rows, lengths = zip(*(to_rows(i, item, style, encoding, model.config.block_size) for i, item in enumerate(items)), strict=True)
+    lengths = np.array(lengths)  # (items, 4)
     labels = np.array([item.label for item in items])
     kind = model.device.type
-    batches = make_batches(questions, batch_tokens or BATCH_TOKENS[kind], PAD_TO[kind])[rt.rank::rt.world_size]
+    batches = make_batches([row for some in rows for row in some], batch_tokens or BATCH_TOKENS[kind], PAD_TO[kind])[rt.rank::rt.world_size]
 
-    log_p, done = np.zeros((len(items), 4)), []
+    log_p = np.zeros(4 * len(items))
     training = model.training
     model.eval()
-    with torch.inference_mode(), rt.autocast(), Progress(sum(len(batch) for batch, _ in batches), rt, progress) as bar:
+    show_bar = progress and rt.is_main and sys.stderr.isatty()
+    with torch.inference_mode(), rt.autocast(), tqdm(total=len(batches), unit="batch", desc="HellaSwag", disable=not show_bar) as bar:
         weight = head_weight(model, rt.dtype)
-        for batch, T in batches:
-            rows = [question.index for question in batch]
-            log_p[rows] = log_probabilities(model, weight, batch, T)
-            done += rows
-            bar.update(len(rows), f"acc_norm {100 * ((log_p[done] / lengths[done]).argmax(1) == labels[done]).mean():.2f}")
+        for n, (batch, T) in enumerate(batches, 1):
+            log_p += np.bincount(*log_probabilities(model, weight, batch, T), minlength=len(log_p))
+            bar.update()
+            if progress:
+                scores = log_p.reshape(-1, 4) / lengths
+                done = scores.all(1)  # no ending is certain
+                so_far = f"{done.sum():,} items, acc_norm {100 * (scores.argmax(1) == labels)[done].mean():.2f}"
+                bar.set_postfix_str(so_far)
+                if not show_bar and n % math.ceil(len(batches) / 10) == 0:
+                    rt.say(so_far)
     model.train(training)
-    log_p = rt.sum(torch.from_numpy(log_p).float().to(rt.device)).cpu().numpy()  # each rank's rows are zero on the others
+    log_p = rt.sum(torch.from_numpy(log_p.reshape(-1, 4)).float().to(rt.device)).cpu().numpy()  # each ending is scored by one rank, the others add 0
     log_p_norm = log_p / lengths
     acc, acc_norm = (float((scores.argmax(1) == labels).mean()) for scores in (log_p, log_p_norm))
     seconds = time.monotonic() - start_time
@@ -366,12 +335,13 @@ class Config:
             raise UserError(f"--show {self.show}", expected="0 or more items", remedy="leave it out to show none")
 
 
-def describe(item: Item, log_p: np.ndarray, log_p_norm: np.ndarray) -> str:
-    """An item with its endings' scores: > marks the ending chosen by acc_norm, * the right one."""
-    lines = [f"\n{item.ctx}"]
-    for k, ending in enumerate(item.endings):
-        marks = (">" if k == log_p_norm.argmax() else " ") + ("*" if k == item.label else " ")
-        lines.append(f"  {marks} sum {log_p[k]:9.3f}  norm {log_p_norm[k]:8.4f}  {ending}")
+def describe(item: Item, result: Result, i: int) -> str:
+    """Item number i as the model saw it, with its endings' scores."""
+    context, endings, _ = render(item, result.style)
+    lines = [f"\n{context}"]
+    for k, ending in enumerate(endings):
+        marks = (">" if k == result.log_p_norm[i].argmax() else " ") + ("*" if k == item.label else " ")
+        lines.append(f"  {marks} sum {result.log_p[i, k]:9.3f}  norm {result.log_p_norm[i, k]:8.4f} {ending}")
     return "\n".join(lines)
 
 
@@ -391,9 +361,9 @@ def main() -> None:
         rt.say(f"fetching {URL}")
         fetch()
     items = rt.share(load_items(config.data)[:config.limit] if rt.is_main else None)
-    result = evaluate(model.to(rt.device), encoding, items, config.style, rt, name=picked)
+    result = evaluate(model.to(rt.device), encoding, items, config.style, rt, name=picked, progress=True)
     if config.show:
-        rt.say(*map(describe, items[:config.show], result.log_p, result.log_p_norm), "\n> chosen, * right")
+        rt.say(*(describe(item, result, i) for i, item in enumerate(items[:config.show])), "\n> chosen by acc_norm, * right")
     rt.say(str(result))
     if config.json and rt.is_main:
         config.json.write_text(json.dumps(result.summary(), indent=2) + "\n")

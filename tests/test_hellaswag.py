@@ -88,7 +88,7 @@ def plain(model: GPT, encoding, items: list[Item]) -> tuple[np.ndarray, np.ndarr
 @pytest.mark.parametrize("block_size", [1024, 96])  # the second cuts contexts, differently for each ending
 def test_completion_style_is_the_plain_scorer(block_size):
     model, items = tiny(block_size=block_size), make_items(12)
-    result = evaluate(model, get_encoding("bytes"), items, "completion", CPU, progress=False)
+    result = evaluate(model, get_encoding("bytes"), items, "completion", CPU)
     sums, means = plain(model, get_encoding("bytes"), items)
     labels = [item.label for item in items]
     np.testing.assert_allclose(result.log_p, sums, atol=1e-3)
@@ -100,7 +100,7 @@ def test_completion_style_on_real_items(gpt2_vocabulary):
     file = SHARED / "data" / "hellaswag_val_sample.jsonl"
     items = load_items(file)[::20] if file.exists() else make_items(50)
     model = tiny(vocab_size=50257)
-    result = evaluate(model, get_encoding("gpt2"), items, "completion", CPU, progress=False)
+    result = evaluate(model, get_encoding("gpt2"), items, "completion", CPU)
     sums, means = plain(model, get_encoding("gpt2"), items)
     np.testing.assert_allclose(result.log_p, sums, atol=1e-3)
     assert (result.log_p.argmax(1) == sums.argmax(1)).all() and (result.log_p_norm.argmax(1) == means.argmax(1)).all()
@@ -132,7 +132,7 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, gpt2_vocabulary, block
     samples = sorted(theirs["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
     log_p = np.array([[resp[0] for resp in sample["filtered_resps"]] for sample in samples], dtype=float)
 
-    result = evaluate(model, get_encoding("gpt2"), items, "harness", CPU, progress=False)
+    result = evaluate(model, get_encoding("gpt2"), items, "harness", CPU)
     np.testing.assert_allclose(result.log_p, log_p, atol=1e-3)
     assert result.acc == theirs["results"]["hellaswag"]["acc,none"]
     assert result.acc_norm == theirs["results"]["hellaswag"]["acc_norm,none"]
@@ -142,7 +142,7 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, gpt2_vocabulary, block
 
 def test_batch_size_changes_no_score():
     model, items = tiny(), make_items(20)
-    results = [evaluate(model, get_encoding("bytes"), items, rt=CPU, progress=False, batch_tokens=n).log_p for n in (1, 1000, 10**6)]
+    results = [evaluate(model, get_encoding("bytes"), items, rt=CPU, batch_tokens=n).log_p for n in (1, 1000, 10**6)]
     np.testing.assert_allclose(results[0], results[1], atol=1e-4)
     np.testing.assert_allclose(results[0], results[2], atol=1e-4)
 
@@ -169,7 +169,7 @@ def test_ranks_share_the_items_and_agree(tmp_path, world_size):
 def test_evaluation_leaves_compiled_training_alone():
     """Inside training: a compiled loss, dropout on, bfloat16. Scores are those of the eval-mode model; gradients before and after agree."""
     model, items = tiny(dropout=0.5), make_items(6)
-    expected = evaluate(model.eval(), get_encoding("bytes"), items, rt=CPU, progress=False).log_p
+    expected = evaluate(model.eval(), get_encoding("bytes"), items, rt=CPU).log_p
     model.train()
     loss = torch.compile(NextTokenLoss(model), backend="aot_eager")
     idx = torch.randint(257, (2, 16))
@@ -182,8 +182,8 @@ def test_evaluation_leaves_compiled_training_alone():
         return model.transformer.wte.weight.grad.clone()
 
     before = gradient()
-    bf16 = evaluate(model, get_encoding("bytes"), items, rt=replace(CPU, dtype=torch.bfloat16), progress=False).log_p
-    fp32 = evaluate(model, get_encoding("bytes"), items, rt=CPU, progress=False).log_p
+    bf16 = evaluate(model, get_encoding("bytes"), items, rt=replace(CPU, dtype=torch.bfloat16)).log_p
+    fp32 = evaluate(model, get_encoding("bytes"), items, rt=CPU).log_p
     assert model.training and torch.equal(gradient(), before)
     assert np.array_equal(fp32, expected)
     assert 0 < abs(bf16 / expected - 1).max() < 0.1
@@ -207,7 +207,7 @@ def test_bad_line_is_named(tmp_path, bad):
 
 def test_an_ending_that_the_clean_up_empties_never_wins():
     item = Item("A man", ("[title]", "runs fast", "sits down", "[step] "), 0, "Sport", "A man", "")
-    result = evaluate(tiny(), get_encoding("bytes"), [item], "harness", CPU, progress=False)
+    result = evaluate(tiny(), get_encoding("bytes"), [item], "harness", CPU)
     assert np.isfinite(result.log_p).all() and result.log_p_norm.argmax() in (1, 2)
 
 
