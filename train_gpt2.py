@@ -32,6 +32,7 @@ import checkpoint
 import fineweb
 import hellaswag
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
+from plan import flops_per_token, plan, plan_time
 from plot import draw_curves
 from runtime import Runtime, Stopped, StopRequest, UserError, locked, parse_flags, peak_flops, run_script, start
 from sample import sample_text
@@ -254,13 +255,6 @@ def evaluate(model: GPT, data: TokenArray, config: TrainConfig, rt: Runtime, byt
     return {"val_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(size, 1), "eval_tokens": int(tokens)}
 
 
-def flops_per_token(c: GPTConfig) -> int:
-    """Training FLOPs per token: 6 per parameter of a matrix product, the head's included, and the attention products
-    without causal discount (PaLM, appendix B)."""
-    matmul = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
-    return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size
-
-
 # ---------------------------------------------------------------------------------------------------- the run
 
 def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
@@ -475,14 +469,6 @@ def train(run: Run) -> None:
 
 # ---------------------------------------------------------------------------------------------------- what a person sees
 
-def plan(config: TrainConfig, model: GPTConfig, parameters: int) -> list[str]:
-    """The run in a few lines, before it starts."""
-    tokens = config.max_steps * config.total_batch_tokens
-    return [f"model          {parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} channels, "
-            f"context {model.block_size}, vocabulary {model.vocab_size:,}",
-            f"training       {config.max_steps:,} steps of {config.total_batch_tokens:,} tokens = {tokens:,} tokens, {tokens * flops_per_token(model):.2e} FLOPs"]
-
-
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and "--resume" not in args:  # torchrun restarted us after a failure
@@ -497,13 +483,13 @@ def main(args: list[str] | None = None) -> None:
     if config.dry_run:
         vocab_size = get_encoding(open_data(config.data).encoding if Path(config.data).is_dir() else config.tokenizer).n_vocab
         model_config = GPTConfig(config.n_layer, config.n_head, config.n_embd, config.seq_len, vocab_size, config.dropout)
-        with torch.device("meta"):
-            return rt.say(*plan(config, model_config, GPT(model_config).num_parameters()))
+        return rt.say(*plan(model_config, rt, config.max_steps, config.total_batch_tokens, config.micro_batch),
+                      *plan_time(model_config, rt, config.max_steps, config.total_batch_tokens))
     data = prepare_data(config, rt)
     check_agreement(own, data, rt)
     with locked(Path(config.out)) if rt.is_main else contextlib.nullcontext():
         run = Run(config, data, rt)
-        rt.say(*plan(config, run.model.config, run.model.num_parameters()),
+        rt.say(*plan(run.model.config, rt, config.max_steps, config.total_batch_tokens, config.micro_batch),
                f"data           {config.data}: {len(data.train):,} training and {len(data.val):,} validation tokens ({data.encoding})",
                f"run directory  {run.folder}" + (f", continuing after step {run.start_step}" if run.resumed else ""), "")
         train(run)
