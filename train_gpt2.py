@@ -12,9 +12,11 @@ Shapes: B sequences per micro-batch, T = seq_len tokens per sequence, W ranks.
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
+import secrets
 import signal
 import sys
 import time
@@ -80,6 +82,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
     compile: bool = True  # torch.compile the training step
+    wandb: bool = False  # send the log to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps it here)
 
     eval_only: bool = False  # measure validation loss, perplexity and bits per byte of --init-from on --data, and stop
     dry_run: bool = False  # print the plan and its cost, and stop
@@ -125,7 +128,7 @@ RECIPES = {
 }
 
 # What may differ when a run is resumed; every other flag would change what is learned.
-FREE_ON_RESUME = {"out", "resume", "device", "micro_batch", "compile", "eval_every", "hellaswag_every", "sample_every", "save_every", "keep",
+FREE_ON_RESUME = {"out", "resume", "device", "micro_batch", "compile", "wandb", "eval_every", "hellaswag_every", "sample_every", "save_every", "keep",
                   "eval_only", "dry_run"}
 
 
@@ -241,9 +244,9 @@ def evaluate(model: GPT, data: TokenArray, config: TrainConfig, rt: Runtime, byt
     budget = min(config.eval_tokens, len(data) - 1)
     full = budget // T
     batches = [np.arange(i, min(i + config.micro_batch, full)) for i in range(0, full, config.micro_batch)]
-    windows = [data.windows(ks, T) for ks in batches[rt.rank::rt.world_size]]
+    windows = (data.windows(ks, T) for ks in batches[rt.rank::rt.world_size])
     if budget % T and rt.is_main:  # the end of a short split, in a row of its own
-        windows.append(torch.from_numpy(data.read(full * T, budget + 1).astype(np.int64))[None])
+        windows = itertools.chain(windows, [torch.from_numpy(data.read(full * T, budget + 1).astype(np.int64))[None]])
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for w in windows:
         with rt.autocast():
@@ -327,6 +330,7 @@ class Run:
             raise UserError(f"{config.data}: not the data that {self.resumed} was trained on", expected="the same shards",
                             remedy="restore them, or start a new run")
         self.start_step, self.elapsed, self.best, self.saved = state["step"], state["elapsed"], state["best"], state["step"]
+        self.last = None  # result of the last validation
         self.model = build_model(config, data, rt, self.resumed)
         self.optimizer = make_optimizer(self.model, config)
         self.items = hellaswag.find_items(rt) if config.hellaswag_every else None
@@ -338,6 +342,7 @@ class Run:
             self.write_best()
             if not self.resumed:
                 (self.folder / "train.json").write_text(json.dumps(asdict(replace(config, resume=False)), indent=2) + "\n")
+        self.wandb = open_wandb(config) if config.wandb and rt.is_main else None
 
     def due(self, every: int, step: int) -> bool:
         """At each multiple of `every` and after the last update; what a resumed run did before it stopped is not done again."""
@@ -352,11 +357,14 @@ class Run:
                 f.flush()
                 if event != "train":  # a checkpoint must never be on disk before the log that led to it
                     os.fsync(f.fileno())
+        if self.wandb:
+            self.wandb.log({f"{event}/{key}": value for key, value in values.items() if key not in ("event", "step")}, step=step)
 
     def validate(self, step: int) -> bool:
         """Validation loss into log and curves; True where it is the lowest so far and the recipe keeps the best."""
         result = evaluate(self.model, self.data.val, self.config, self.rt, token_bytes(self.encoding))
         self.log("eval", step, **result)
+        self.last = result
         self.rt.say(f"step {step:>6}  validation loss {result['val_loss']:.4f} nats/token, {result['bits_per_byte']:.4f} bits/byte")
         if self.rt.is_main:
             draw_curves([self.folder], self.folder / "curves.png")
@@ -397,6 +405,18 @@ class Run:
             os.replace(self.folder / ".best.json.tmp", self.folder / "best.json")
         else:
             (self.folder / "best.json").unlink(missing_ok=True)
+
+
+def open_wandb(config: TrainConfig):
+    """The run on Weights & Biases that belongs to the run directory: the same one after a resume."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb: the wandb package is not installed", expected="it beside the others", remedy="pip install wandb, or drop the flag") from None
+    file = Path(config.out, "wandb_id")
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return wandb.init(project="pygpt2", name=Path(config.out).name, id=file.read_text(), resume="allow", dir=config.out, config=asdict(config))
 
 
 def cut_log(folder: Path, step: int) -> None:
@@ -493,7 +513,8 @@ def main(args: list[str] | None = None) -> None:
                f"data           {config.data}: {len(data.train):,} training and {len(data.val):,} validation tokens ({data.encoding})",
                f"run directory  {run.folder}" + (f", continuing after step {run.start_step}" if run.resumed else ""), "")
         train(run)
-    rt.say("", f"Done: {run.elapsed:,.0f} s of training. Everything is in {run.folder}/: log.jsonl, curves.png and the checkpoints.", "Next:",
+    reached = f", validation loss {run.last['val_loss']:.4f} nats per token, {run.last['bits_per_byte']:.4f} bits per byte" if run.last else ""
+    rt.say("", f"Done: {run.elapsed:,.0f} s of training{reached}.", f"Saved in {run.folder}/: checkpoints, log.jsonl, curves.png. Next:",
            f"  python sample.py --model {run.folder} --num-samples 3",
            f"  python train_gpt2.py --init-from {run.folder} --data input.txt",
            f"  python hellaswag.py --model {run.folder}")
