@@ -194,6 +194,7 @@ def test_memory_is_bounded_by_back_pressure():
 
 def command(flags: list[str], output: Path, patient: bool) -> None:
     """fineweb.py's command line, in a process of its own."""
+    multiprocessing.set_start_method("fork", force=True)  # as a command has it on Linux; here it would inherit "forkserver"
     sys.argv = ["fineweb.py", *flags]
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     if not patient:
@@ -249,7 +250,7 @@ def long_run(tmp_path_factory, start):
     for i in range(3):
         texts = ["".join(rng.choices("abcdefghij \n", k=4000)) for _ in range(800)]
         write_parquet(folder / f"in/{i}.parquet", texts, row_group_size=160)
-    flags = ["--input", folder / "in/*.parquet", "--shard-tokens", 80_000, "--workers", 2]
+    flags = ["--input", folder / "in/*.parquet", "--shard-tokens", 300_000, "--workers", 2]
     process, began = start(*flags, "--out", folder / "whole"), time.monotonic()
     process.join()
     assert process.exitcode == 0, process.lines()
