@@ -29,9 +29,9 @@ from runtime import UserError, parse_flags, run_script, start
 
 # ---------------------------------------------------------------------------------------------------- one step
 
-# New tokens from which the preparation of a faster step is repaid, from measured costs (docs/benchmarks.md).
-PACK_REPAID = 100  # on a CPU: 0.3 s at 124M, 5 ms saved a token
-COMPILE_REPAID = 10_000  # on CUDA: some 30 s, a few ms saved a token
+# New tokens from which the preparation of a faster step is repaid.
+PACK_REPAID = 100  # on a CPU, measured at 124M: 0.4 s, to save 5 ms a token
+COMPILE_REPAID = 10_000  # on CUDA, an estimate: some 30 s, to save a few ms a token. On a CPU compiling saves nothing.
 
 
 def last_logits(model: GPT, unread: torch.Tensor, cache: KVCache) -> torch.Tensor:
