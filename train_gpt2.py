@@ -117,7 +117,7 @@ RECIPES = {
         eval_every=100, eval_tokens=131_072, hellaswag_every=0, sample_every=200, save_every=200, compile=False),
     "gpt2": TrainConfig(),
     "gpt2-medium": TrainConfig(recipe="gpt2-medium", n_layer=24, n_head=16, n_embd=1024, micro_batch=8, learning_rate=3e-4, min_lr=3e-5),
-    "gpt2-large": TrainConfig(recipe="gpt2-large", n_layer=36, n_head=20, n_embd=1280, micro_batch=4, learning_rate=2.5e-4, min_lr=2.5e-5),
+    "gpt2-large": TrainConfig(recipe="gpt2-large", n_layer=36, n_head=20, n_embd=1280, micro_batch=2, learning_rate=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": TrainConfig(
         recipe="gpt2-xl", n_layer=48, n_head=25, n_embd=1600, micro_batch=4, learning_rate=2e-4, min_lr=2e-5,
         max_steps=9_536, total_batch_tokens=1_048_576, warmup_steps=358),
