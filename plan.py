@@ -56,8 +56,8 @@ def memory(c: GPTConfig, micro_batch: int, width: int = 2, device: str = "cuda",
     first, later = (10, 16) if width == 2 else (8, 12)
     logits = c.vocab_size * min(tokens, LOSS_ROWS[device]) * (later if tokens > LOSS_ROWS[device] else first)
     return {
-        "weights, gradients, AdamW's moments": 16 * parameters(c),  # 4 × float32
-        "bfloat16 copies": 2 * 12 * c.n_layer * c.n_embd**2 if width == 2 else 0,  # which autocast makes of the linears
+        "weights, gradients and moments": 16 * parameters(c),  # 4 × float32
+        "copies in bfloat16": 2 * 12 * c.n_layer * c.n_embd**2 if width == 2 else 0,  # which autocast makes of the linears
         "activations": tokens * activation_bytes(c, width, fused),
         "loss": (width + 4) * c.vocab_size * c.n_embd + logits,  # with the head's copy and gradient
     }
@@ -86,17 +86,17 @@ def checkpoint_interval(write_seconds: float, mtbf: float) -> float:
     return math.sqrt(2 * write_seconds * mtbf)
 
 
-def matmul_speed(rt: Runtime, size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of a square matrix product, measured here and now."""
+def matmul_speed(rt: Runtime, seconds: float = 0.5) -> float:
+    """FLOP/s of a square matrix product on this device, now: the best of many, to see past what else it is doing."""
+    size = 512 if rt.device.type == "cpu" else 4096  # large enough to be efficient, small enough to be repeated
     a = torch.randn(size, size, device=rt.device, dtype=rt.dtype)
-    a @ a
-    rt.synchronize()
-    began, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - began) < seconds:
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
         a @ a
         rt.synchronize()
-        count += 1
-    return 2 * size**3 * count / elapsed
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 # ---------------------------------------------------------------------------------------------------- one run
@@ -104,15 +104,15 @@ def matmul_speed(rt: Runtime, size: int = 2048, seconds: float = 0.5) -> float:
 def plan(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int) -> list[str]:
     """The run in a few lines, before it starts."""
     tokens, width = steps * batch_tokens, 2 if rt.dtype == torch.bfloat16 else 4
+    micro_steps = batch_tokens // (micro_batch * c.block_size * rt.world_size)
     fused = rt.device.type != "cpu" or rt.dtype != torch.bfloat16 or c.block_size > 512  # see Runtime.attention
     parts = memory(c, micro_batch, width, rt.device.type, fused)
-    shares = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items() if size)
     return [
         f"model          {parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
         f"context {c.block_size}, vocabulary {c.vocab_size:,}",
         f"training       {steps:,} steps of {batch_tokens:,} tokens = {tokens:,} tokens, {tokens * flops_per_token(c):.2e} FLOPs",
-        f"each step      {batch_tokens // (micro_batch * c.block_size * rt.world_size)} micro-batches of {micro_batch} × {c.block_size} tokens on each rank",
-        f"memory         {sum(parts.values()) / 1e9:.1f} GB per rank, estimated: {shares}",
+        f"each step      {micro_steps} micro-batch{'es' * (micro_steps > 1)} of {micro_batch} × {c.block_size} tokens on each rank",
+        f"memory         about {amount(sum(parts.values()))} on each rank: " + ", ".join(f"{name} {amount(size)}" for name, size in parts.items() if size),
     ]
 
 
@@ -121,10 +121,14 @@ def plan_time(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int) -> list[
     peak = peak_flops(rt.device)
     flops = peak or matmul_speed(rt)
     seconds = steps * step_seconds(c, batch_tokens, rt.world_size, ASSUMED_MFU * flops)
-    source = "of the datasheet" if peak else "that matrix products reach here now"
-    return [f"time           {duration(seconds)} at {steps * batch_tokens / seconds:,.0f} tokens/s, assuming {ASSUMED_MFU:.0%} of the "
-            f"{flops / 1e12:.3g} TFLOP/s per rank {source}; without evaluations, or waiting for other ranks",
-            f"checkpoints    {checkpoint_bytes(c) / 1e9:.1f} GB each"]
+    source = "in its datasheet" if peak else "of matrix products timed here"
+    return [f"time           {duration(seconds)} at {steps * batch_tokens / seconds:,.0f} tokens/s, if training reaches {ASSUMED_MFU:.0%} (assumed) "
+            f"of each rank's {flops / 1e12:.3g} TFLOP/s ({source}); evaluations come on top",
+            f"checkpoints    {amount(checkpoint_bytes(c))} each"]
+
+
+def amount(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def duration(seconds: float) -> str:
@@ -150,8 +154,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def tables() -> list[str]:
     """Everything that docs/scaling.md shows in figures, for H100s at ASSUMED_MFU."""
-    sizes = table(["size", "parameters", "MFLOP per token", "weights, gradients, moments", "bfloat16 copies", "activations per sequence", "checkpoint"], [
-        [name, f"{parameters(c):,}", f"{flops_per_token(c) / 1e6:,.0f}", f"{16 * parameters(c) / 1e9:.1f} GB", f"{memory(c, 1)['bfloat16 copies'] / 1e9:.1f} GB",
+    sizes = table(["size", "parameters", "MFLOP per token", "weights, gradients, moments", "copies in bfloat16", "activations per sequence", "checkpoint"], [
+        [name, f"{parameters(c):,}", f"{flops_per_token(c) / 1e6:,.0f}", f"{16 * parameters(c) / 1e9:.1f} GB", f"{memory(c, 1)['copies in bfloat16'] / 1e9:.1f} GB",
          f"{c.block_size * activation_bytes(c) / 1e9:.2f} GB", f"{checkpoint_bytes(c) / 1e9:.1f} GB"] for name, c in SIZES.items()])
 
     micro_batches = (1, 4, 8, 16, 32, 64)
