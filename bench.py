@@ -5,18 +5,17 @@
     python bench.py sample --rounds 9 --dtype float32 --json sample.json
 
 Every contender lives in a process of its own, so that neither its allocator nor its threads touch another's, and
-waits while another works: A B C, A B C, …, each round timed inside. What they compute is compared before the first
-round; a contender whose outputs differ is not timed, and the run ends with exit code 2. The first row of a table is
-the one that the others are compared with: a ratio of 2 means twice its time, taken within each round.
+waits while others work: A B C, A B C, …, each round timed inside. What they compute is compared before the first
+round; a contender whose outputs differ is not timed, and the run ends with exit code 2. Ratios are taken within a
+round, against the table's first row: 2 means twice its time. Peers that are not installed leave an empty row.
 
-Peers that are not installed, or fail, leave an empty row that says why. On a GPU the sizes are such as fill one.
-Memory is the peak of a contender's process (on CUDA: of its tensors) over set-up and rounds; "start" is the time
-from the start of its process until it is ready: imports, weights, compilation, the first step.
+"peak GB" is the peak memory of a contender's process, its set-up included (on CUDA: of its tensors, in the rounds);
+"start s" is what set-up took: imports, weights, compilation, a first round. Peers get our allocator setting
+(runtime.keep_freed_memory) everywhere but in the rows that say they keep their own.
 """
 
-import argparse  # not tyro: a GPU that is lent for an hour has little installed
+import argparse  # not tyro: a machine that is lent for an hour has little installed
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -55,88 +54,126 @@ PACKAGES = ("torch", "transformers", "lm_eval", "accelerate", "tiktoken", "numpy
 class Ready(NamedTuple):
     """What a contender returns once it has set up and warmed up."""
 
-    output: np.ndarray  # to be equal to the other contenders'
+    output: np.ndarray  # equal to the other contenders'
     work: Callable[[], Any]  # one round
-    note: str = ""
 
 
 @dataclass
 class Case:
     """One table: contenders for one piece of work."""
 
-    subject: str
     title: str
-    unit: str  # of `amount`
-    amount: float  # done in one round
-    contenders: dict[str, tuple[Callable[..., Ready], dict]]  # row: function and arguments; the first is what others are compared with
-    tolerance: Any = 0.0  # largest difference of outputs, for all or for each element
+    unit: str
+    amount: float  # of the unit, done in a round
+    contenders: dict[str, tuple]  # row: a function that returns Ready, and its arguments
+    tolerance: Any = 0.0  # largest difference from the first row's output, for all elements or each
     difference: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda own, first: np.abs(own - first)
-    together: bool = False  # contenders may set up at the same time
-    derived: Callable[[dict[str, float]], str] = lambda rates: ""  # a line under the table, from the rates by row
+    remark: Callable[[dict[str, float]], str] = lambda rates: ""  # a line under the table, from the rates by row
+    together: bool = False  # contenders may set up at the same time: they fit, and compile on many cores
 
 
-def contend(pipe, contender: Callable[..., Ready], arguments: dict) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """What every contender is told."""
+
+    device: str  # cpu or cuda
+    dtype: str  # float32 or bfloat16
+    scratch: Path
+    tiny: bool
+
+    def runtime(self, ours: bool = False, keep_memory: bool = True) -> Runtime:
+        """For our code as our scripts start it; for a peer without what that changes in torch, but for the allocator."""
+        if ours:
+            return runtime.start(self.device, self.dtype)
+        if self.device == "cpu" and keep_memory:
+            runtime.keep_freed_memory()
+        if self.device == "cuda":
+            torch.set_float32_matmul_precision("high")
+        return Runtime(0, 1, torch.device(self.device), getattr(torch, self.dtype))
+
+    def weights(self, config: GPTConfig = SIZES["gpt2"]) -> str:
+        """A Hugging Face directory with random weights and GPT-2's tokenizer, made once."""
+        config = GPTConfig(2, 2, 64, config.block_size) if self.tiny else config
+        folder = self.scratch / f"{config.n_layer}x{config.n_embd}x{config.block_size}"
+        if not folder.exists():
+            torch.manual_seed(0)
+            GPT(config).save_pretrained(folder, bos_token_id=50256, eos_token_id=50256)
+            save_tokenizer(get_encoding("gpt2"), folder)
+        return str(folder)
+
+    def size(self, full: int, tiny: int) -> int:
+        return tiny if self.tiny else full
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(50257, shape, generator=torch.Generator().manual_seed(1))
+
+
+def contend(pipe, contender: Callable[..., Ready], arguments: tuple) -> None:
     """A contender's process: set up, then one round whenever asked."""
     began = time.perf_counter()
     try:
-        ready = contender(**arguments)
-        pipe.send({"output": ready.output, "note": ready.note, "start": time.perf_counter() - began, "memory": peak_memory()})
+        output, work = contender(*arguments)
+        pipe.send({"output": output, "start_seconds": time.perf_counter() - began, "peak_memory": peak_memory()})
         while pipe.recv():
-            synchronize()
+            if torch.cuda.is_initialized():  # it shares a GPU's memory with the others: once more warm, then give it back
+                work()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            ready.work()
-            synchronize()
-            pipe.send({"seconds": time.perf_counter() - began, "memory": peak_memory()})
+            work()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            pipe.send({"seconds": time.perf_counter() - began, "peak_memory": peak_memory()})
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
     except EOFError:  # the parent has gone
         pass
+    except ImportError as error:
+        pipe.send({"fault": f"not installed: {error}"})
     except Exception as error:
-        if not isinstance(error, ImportError):
-            traceback.print_exc()
-        reason = " ".join(str(error).split())[:200]
-        pipe.send({"fault": f"not installed: {reason}" if isinstance(error, ImportError) else f"failed: {type(error).__name__}: {reason}"})
-
-
-def synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        traceback.print_exc()
+        pipe.send({"fault": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 
 def peak_memory() -> int:
     """Bytes: of tensors on CUDA, else of the larger of this process and its largest child."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if Path("/proc/self/status").exists():  # Linux counts the parent's memory into a child's ru_maxrss
+        own = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 class Contender:
     """The parent's end of a contender."""
 
-    def __init__(self, name: str, function: Callable[..., Ready], arguments: dict):
-        self.name, self.seconds, self.output, self.start, self.memory, self.note, self.fault = name, [], None, None, 0, "", None
-        context = multiprocessing.get_context("spawn")  # a fresh interpreter, whatever this process has imported
+    def __init__(self, name: str, function: Callable[..., Ready], *arguments):
+        self.name, self.seconds, self.facts = name, [], {"fault": None, "peak_memory": 0}
+        context = multiprocessing.get_context("spawn")  # a fresh interpreter, whatever this process holds
         self.pipe, child = context.Pipe()
         self.process = context.Process(target=contend, args=(child, function, arguments))
         self.process.start()
         child.close()
 
-    def receive(self) -> dict | None:
+    def set_up(self) -> None:
+        self.output = self.receive().get("output")
+
+    def receive(self) -> dict:
         try:
             message = self.pipe.recv()
         except EOFError:
             self.process.join()
             message = {"fault": f"failed: its process ended with {self.process.exitcode}"}
-        self.fault = message.get("fault")
-        self.memory = max(self.memory, message.get("memory", 0))
-        return None if self.fault else message
-
-    def set_up(self) -> None:
-        if message := self.receive():
-            self.output, self.note, self.start = message["output"], message["note"], message["start"]
+        message["peak_memory"] = max(message.get("peak_memory", 0), self.facts["peak_memory"])
+        self.facts |= {key: value for key, value in message.items() if key not in ("output", "seconds")}
+        return message
 
     def round(self) -> None:
-        self.pipe.send(True)
-        if message := self.receive():
-            self.seconds.append(message["seconds"])
+        if not self.facts["fault"]:
+            self.pipe.send(True)
+            self.seconds.append(self.receive().get("seconds"))
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
@@ -147,171 +184,115 @@ class Contender:
 
 
 def run_case(case: Case, rounds: int) -> dict:
-    """Set all contenders up, compare their outputs, time them in turn; the case as JSON values."""
+    """Set all contenders up, compare their outputs, time them in turn; the results as JSON values."""
     contenders: list[Contender] = []
     try:
-        for name, (function, arguments) in case.contenders.items():
-            contenders.append(Contender(name, function, arguments))
+        for name, what in case.contenders.items():
+            contenders.append(Contender(name, *what))
             if not case.together:
                 contenders[-1].set_up()
         for contender in contenders if case.together else []:
             contender.set_up()
-        compare(case, contenders)
+        sound = [contender for contender in contenders if not contender.facts["fault"]]
+        for contender in sound:
+            difference = case.difference(contender.output, sound[0].output)
+            if not np.all(difference <= case.tolerance):  # NaN is a difference too
+                contender.facts["fault"] = f"outputs differ from those of {sound[0].name} by {difference}, more than {case.tolerance}"
         for _ in range(rounds):
             for contender in contenders:
-                if not contender.fault:
-                    contender.round()
+                contender.round()
     finally:
         for contender in contenders:
             contender.stop()
-    rows = [row_of(case, contender, contenders[0]) for contender in contenders]
-    rates = {row["name"]: row["rate"] for row in rows if not row["fault"]}
-    return {"subject": case.subject, "title": case.title, "unit": case.unit, "amount": case.amount, "rounds": rounds, "rows": rows,
-            "derived": case.derived(rates) if contenders[0].name in rates else ""}
+    rows, first = {}, contenders[0]
+    for contender in contenders:
+        rows[contender.name] = row = contender.facts
+        if not row["fault"]:
+            row |= {"all_seconds": contender.seconds, "seconds": spread(contender.seconds)}
+            row["rate"] = case.amount / row["seconds"][0]
+            row["ratio"] = None if first.facts["fault"] else spread([own / base for own, base in zip(contender.seconds, first.seconds)])
+    remark = case.remark({name: row["rate"] for name, row in rows.items() if not row["fault"]})
+    return {"title": case.title, "unit": case.unit, "amount": case.amount, "rounds": rounds, "rows": rows, "remark": remark}
 
 
-def compare(case: Case, contenders: list[Contender]) -> None:
-    """Outputs that differ from the first contender's are a fault."""
-    first, *others = [contender for contender in contenders if not contender.fault] or [None]
-    for contender in [first, *others] if first else []:
-        difference = case.difference(contender.output, first.output)
-        if not np.all(difference <= case.tolerance):
-            contender.fault = f"outputs differ from those of {first.name} by {difference.max():.2g}, more than {np.max(case.tolerance):.2g}"
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, least and largest."""
+    return statistics.median(values), min(values), max(values)
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def row_of(case: Case, contender: Contender, first: Contender) -> dict:
-    row = {"name": contender.name, "fault": contender.fault, "note": contender.note}
-    if contender.fault:
-        return row
-    seconds = spread(contender.seconds)
-    ratio = None if first.fault else spread([own / base for own, base in zip(contender.seconds, first.seconds, strict=True)])
-    return row | {"rate": case.amount / seconds["median"], "seconds": seconds, "all_seconds": contender.seconds, "ratio": ratio,
-                  "start_seconds": contender.start, "peak_memory": contender.memory}
-
-
-def table(case: dict) -> str:
+def table(result: dict) -> str:
     """A case in Markdown."""
-    lines = [f"### {case['subject']}: {case['title']}, {case['rounds']} rounds", "",
-             f"| | {case['unit']}/s | seconds a round (min–max) | ratio (min–max) | peak GB | start s |", "|---|---|---|---|---|---|"]
-    for row in case["rows"]:
-        name = row["name"] + (f" ({row['note']})" if row["note"] else "")
+    lines = [f"### {result['title']}, {result['rounds']} rounds", "",
+             f"| | {result['unit']}/s | seconds a round (min–max) | ratio (min–max) | peak GB | start s |", "|---|---|---|---|---|---|"]
+    for name, row in result["rows"].items():
         if row["fault"]:
             lines.append(f"| {name} | {row['fault']} | | | | |")
-            continue
-        s, r = row["seconds"], row["ratio"]
-        ratio = f"{r['median']:.2f} ({r['min']:.2f}–{r['max']:.2f})" if r else ""
-        rate = f"{row['rate']:,.0f}" if row["rate"] >= 1000 else f"{row['rate']:.3g}"
-        lines.append(f"| {name} | {rate} | {s['median']:.3g} ({s['min']:.3g}–{s['max']:.3g}) | {ratio} | {row['peak_memory'] / 1e9:.2f} | {row['start_seconds']:.1f} |")
-    return "\n".join(lines + (["", case["derived"]] if case["derived"] else [])) + "\n"
+        else:
+            rate = f"{row['rate']:,.0f}" if row["rate"] >= 1000 else f"{row['rate']:.3g}"
+            seconds, ratio = ("{:.3g} ({:.3g}–{:.3g})".format(*row[key]) if row[key] else "" for key in ("seconds", "ratio"))
+            lines.append(f"| {name} | {rate} | {seconds} | {ratio} | {row['peak_memory'] / 1e9:.2f} | {row['start_seconds']:.1f} |")
+    return "\n".join([*lines, "", *([result["remark"], ""] if result["remark"] else [])])
 
 
 def machine(device: str) -> dict:
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), cpu)
-    capabilities = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
-    return {"gpu": torch.cuda.get_device_name() if device == "cuda" else None, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "capabilities": capabilities, "system": platform.platform(), "python": platform.python_version(), "versions": {p: version(p) for p in PACKAGES}}
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-# ---------------------------------------------------------------------------------------------------- shared by contenders
-
-def weights(config: GPTConfig, scratch: Path) -> Path:
-    """A Hugging Face directory with random weights and GPT-2's tokenizer, made once."""
-    folder = scratch / f"{config.n_layer}x{config.n_embd}x{config.vocab_size}"
-    if not folder.exists():
-        torch.manual_seed(0)
-        GPT(config).save_pretrained(folder, bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
-        if config.vocab_size == 50257:
-            save_tokenizer(get_encoding("gpt2"), folder)
-    return folder
-
-
-def random_tokens(vocab_size: int, *shape: int) -> torch.Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
-
-
-def peer_runtime(device: str, dtype: str, keep_memory: bool = True) -> Runtime:
-    """Device and dtype without what runtime.start changes in torch and glibc for our own code; keep_memory gives a peer
-    the allocator setting."""
-    if keep_memory and device == "cpu":
-        runtime.keep_freed_memory()
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    where = torch.device(device)
-    return Runtime(0, 1, where, runtime.choose_dtype(dtype, where))
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """No TF32, no gradients."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    with torch.no_grad():
-        yield
-    torch.set_float32_matmul_precision(precision)
+    versions = {name: None for name in PACKAGES}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"gpu": torch.cuda.get_device_name() if device == "cuda" else None, "cpu": cpu, "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "capabilities": [name for name, there in torch.cpu.get_capabilities().items() if there is True],
+            "system": platform.platform(), "versions": {"python": platform.python_version()} | versions}
 
 
 # ---------------------------------------------------------------------------------------------------- train
 
-def train_ours(folder: Path, batch: int, seq_len: int, steps: int, device: str, dtype: str, compiled: bool) -> Ready:
-    from train_gpt2 import TrainConfig, make_optimizer, train_step
-
-    rt = runtime.start(device, dtype)
-    model = GPT.from_pretrained(folder).to(rt.device).train()
-    c = model.config
-    config = TrainConfig(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, seq_len=seq_len, micro_batch=batch,
-                         total_batch_tokens=batch * seq_len, learning_rate=LEARNING_RATE)
-    loss_fn, optimizer = NextTokenLoss(model), make_optimizer(model, config)
-    windows = random_tokens(c.vocab_size, batch, seq_len + 1)
-    windows = windows.pin_memory() if device == "cuda" else windows
-    with exact_float32():
-        few = windows[:4].to(rt.device)
-        exact = loss_fn(few[:, :-1], few[:, 1:]).item()
-    loss_fn = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
-    first = train_step(loss_fn, optimizer, windows, config, rt)[0]
-    return Ready(np.array([exact, first]), lambda: [train_step(loss_fn, optimizer, windows, config, rt) for _ in range(steps)])
-
-
 LEARNING_RATE = 1e-5  # random tokens are learned by heart; nothing must overflow
 
 
-def train_transformers(folder: Path, batch: int, seq_len: int, steps: int, device: str, dtype: str, compiled: bool, keep_memory: bool) -> Ready:
-    """The same step as its users write it, with the strongest options that change no result: fused AdamW, SDPA, the loss
+def train_ours(setting: Setting, folder: str, B: int, T: int, steps: int, compiled: bool) -> Ready:
+    from train_gpt2 import TrainConfig, make_optimizer, train_step
+
+    rt, model, windows = setting.runtime(ours=True), GPT.from_pretrained(folder).train(), random_tokens(B, T + 1)
+    config = TrainConfig(seq_len=T, micro_batch=B, total_batch_tokens=B * T, learning_rate=LEARNING_RATE)
+    loss_fn = NextTokenLoss(model)
+    with torch.no_grad():
+        exact = loss_fn(windows[:4, :-1], windows[:4, 1:]).item()  # float32, on the CPU
+    optimizer = make_optimizer(model.to(rt.device), config)
+    loss_fn = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
+    windows = windows.pin_memory() if setting.device == "cuda" else windows
+
+    def step() -> float:
+        return train_step(loss_fn, optimizer, windows, config, rt)[0]
+
+    return Ready(np.array([exact, step()]), lambda: [step() for _ in range(steps)])
+
+
+def train_transformers(setting: Setting, folder: str, B: int, T: int, steps: int, compiled: bool, micro_batch: int, keep_memory: bool) -> Ready:
+    """The same step as its users write it, as strong as it gets without other results: fused AdamW, SDPA, the loss
     inside the compiled graph and nothing else returned from it."""
     from transformers import GPT2LMHeadModel
 
-    rt = peer_runtime(device, dtype, keep_memory)
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(rt.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    windows = random_tokens(model.config.vocab_size, batch, seq_len + 1)
-    windows = windows.pin_memory() if device == "cuda" else windows
+    rt, windows = setting.runtime(keep_memory=keep_memory), random_tokens(B, T + 1)
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).train()
 
     def loss_fn(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return model(input_ids=idx, labels=targets, shift_labels=targets, use_cache=False).loss
 
-    with exact_float32():
-        few = windows[:4].to(rt.device)
-        exact = loss_fn(few[:, :-1], few[:, 1:].contiguous()).item()
+    with torch.no_grad():
+        exact = loss_fn(windows[:4, :-1], windows[:4, 1:].contiguous()).item()
+    optimizer = torch.optim.AdamW(model.to(rt.device).parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     loss_fn = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
+    windows = windows.pin_memory() if setting.device == "cuda" else windows
 
-    def step(micro_batch: int) -> float:
+    def step() -> float:
         total = torch.zeros((), device=rt.device)
         for part in windows.split(micro_batch):
             part = part.to(rt.device, non_blocking=True)
             with rt.autocast():
-                loss = loss_fn(part[:, :-1], part[:, 1:].contiguous()) * (len(part) / batch)
+                loss = loss_fn(part[:, :-1], part[:, 1:].contiguous()) * (len(part) / B)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -319,156 +300,128 @@ def train_transformers(folder: Path, batch: int, seq_len: int, steps: int, devic
         optimizer.zero_grad(set_to_none=True)
         return total.item()
 
-    micro_batch, first = batch, None
-    while first is None:  # the contenders share a GPU's memory: one that needs more than is left accumulates
-        with contextlib.suppress(torch.OutOfMemoryError):
-            first = step(micro_batch)
-        if first is None:
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            micro_batch //= 2
-    note = f"micro-batches of {micro_batch}, memory ran out" if micro_batch < batch else ""
-    return Ready(np.array([exact, first]), lambda: [step(micro_batch) for _ in range(steps)], note)
+    return Ready(np.array([exact, step()]), lambda: [step() for _ in range(steps)])
 
 
-def train_case(name: str, config: GPTConfig, batch: int, seq_len: int, steps: int, device: str, dtype: str, scratch: Path, keep_memory: bool) -> Case:
+def train(setting: Setting) -> Iterator[Case]:
     from train_gpt2 import flops_per_token
 
-    sizes = dict(folder=weights(config, scratch), batch=batch, seq_len=seq_len, steps=steps, device=device, dtype=dtype)
-    ours = {"PyGPT2": (train_ours, sizes | {"compiled": False}), "PyGPT2, compiled": (train_ours, sizes | {"compiled": True})}
-    if device == "cuda":  # where the recipes compile
-        ours = {"PyGPT2, compiled": ours["PyGPT2, compiled"]}
-    kept = ", keeping freed memory" if keep_memory and device == "cpu" else ""
-    peers = {f"transformers {mode}{kept}": (train_transformers, sizes | {"compiled": mode == "compiled", "keep_memory": keep_memory})
-             for mode in ("eager", "compiled")}
-    if device == "cpu" and keep_memory:  # measured once is enough
-        ours.pop("PyGPT2, compiled")
-    peak = runtime.peak_flops(torch.device(device))
-    flops = flops_per_token(GPTConfig(config.n_layer, config.n_head, config.n_embd, seq_len, config.vocab_size))
-
-    def derived(rates: dict[str, float]) -> str:
-        return "MFU: " + ", ".join(f"{row} {rate * flops / peak:.1%}" for row, rate in rates.items()) if peak else ""
-
-    return Case("train", f"{name}, {batch}×{seq_len}, {dtype}", "tok", steps * batch * seq_len, ours | peers,
-                tolerance=np.array([1e-5, 1e-3 if dtype == "bfloat16" else 1e-5]), derived=derived)
-
-
-def train_cases(device: str, dtype: str, scratch: Path) -> Iterator[Case]:
-    if device == "cuda":
-        yield train_case("124M", SIZES["gpt2"], 64, 1024, 10, device, dtype, scratch, keep_memory=True)
-        return
+    cuda, peak = setting.device == "cuda", runtime.peak_flops(torch.device(setting.device))
     small = GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256)
-    for keep_memory in (False, True):
-        yield train_case("124M", SIZES["gpt2"], 4, 512, 1, device, dtype, scratch, keep_memory)
-        yield train_case("6 layers × 384", small, 16, 256, 1, device, dtype, scratch, keep_memory)
+    sizes = [("124M", SIZES["gpt2"], 64, 1024, 10)] if cuda else [("124M", SIZES["gpt2"], 4, 512, 1), ("6 layers × 384", small, 16, 256, 1)]
+    for name, config, B, T, steps in sizes:
+        B, T = setting.size(B, 4), setting.size(T, 32)
+        run = (setting, setting.weights(config), B, T, steps)
+        flops = flops_per_token(GPTConfig(config.n_layer, config.n_head, config.n_embd, T))
+        ours = {"PyGPT2": (train_ours, *run, False), "PyGPT2, compiled": (train_ours, *run, True)}
+        # Not all in one run on a CPU: idle contenders keep their memory, and the 124M ones together would want 25 GB.
+        groups = [(ours, False), ({"PyGPT2": ours["PyGPT2"]}, True)] if not cuda else [({"PyGPT2, compiled": ours["PyGPT2, compiled"]}, False)]
+        for first, keep in groups:
+            how = "" if cuda else ", memory kept as by ours" if keep else ", memory as by default"
+            few = min(B, 16) if cuda else B  # eager transformers at 64 sequences wants more than 100 GB
+            peers = {f"transformers, compiled{how}": (train_transformers, *run, True, B, keep),
+                     f"transformers, eager{how}{f', micro-batches of {few}' if few < B else ''}": (train_transformers, *run, False, few, keep)}
+            yield Case(f"train {name}, {B}×{T}, {setting.dtype}", "tok", steps * B * T, first | peers,
+                       tolerance=np.array([1e-5, 1e-3 if setting.dtype == "bfloat16" else 1e-5]),
+                       remark=lambda rates: "MFU: " + ", ".join(f"{row} {rate * flops / peak:.1%}" for row, rate in rates.items()) if peak else "")
 
 
 # ---------------------------------------------------------------------------------------------------- sample
 
-def sample_ours(folder: Path, batch: int, prompt: int, new: int, device: str, dtype: str) -> Ready:
-    from sample import generate
+def sample_ours(setting: Setting, B: int, prompt: int, new: int, faster: bool) -> Ready:
+    """faster: the preparation that sample.py makes for long texts."""
+    from sample import generate, pack_linears
 
-    rt = runtime.start(device, dtype)
-    model = GPT.from_pretrained(folder).to(rt.device, rt.dtype)
-    idx = random_tokens(model.config.vocab_size, batch, prompt).to(rt.device)
+    rt = setting.runtime(ours=True)
+    model, idx = GPT.from_pretrained(setting.weights()).to(rt.device, rt.dtype), random_tokens(B, prompt).to(rt.device)
+    if faster and setting.device == "cpu":
+        pack_linears(model, B)
+    compiled = faster and setting.device == "cuda"
 
     def work() -> torch.Tensor:
-        return generate(model, idx, new, temperature=0)
+        return generate(model, idx, new, temperature=0, compiled=compiled)
 
     return Ready([work()[:4].cpu().numpy() for _ in range(2)][-1], work)
 
 
-def sample_transformers(folder: Path, batch: int, prompt: int, new: int, device: str, dtype: str, compiled: bool) -> Ready:
+def sample_transformers(setting: Setting, B: int, prompt: int, new: int, compiled: bool) -> Ready:
     from transformers import CompileConfig, GPT2LMHeadModel
 
-    rt = peer_runtime(device, dtype)
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=rt.dtype).to(rt.device).eval()
-    model.generation_config.eos_token_id = None
-    options = {}
-    if compiled:  # its own way: a static cache, the one-token step under torch.compile
-        compile_config = CompileConfig(mode="reduce-overhead" if device == "cuda" else "default", fullgraph=True)
+    rt = setting.runtime()
+    model, idx = GPT2LMHeadModel.from_pretrained(setting.weights(), dtype=rt.dtype).to(rt.device).eval(), random_tokens(B, prompt).to(rt.device)
+    model.generation_config.eos_token_id, options = None, {}
+    if compiled:  # its own way: a static cache, and torch.compile for the one-token step
+        compile_config = CompileConfig(mode="reduce-overhead" if setting.device == "cuda" else "default")
         compile_config._compile_all_devices = True
         options = {"cache_implementation": "static", "compile_config": compile_config}
-    idx = random_tokens(model.config.vocab_size, batch, prompt).to(rt.device)
 
     def work() -> torch.Tensor:
-        return model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, do_sample=False, **options)
+        return model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
 
     return Ready([work()[:4].cpu().numpy() for _ in range(2)][-1], work)
 
 
-def read_weights(folder: Path, times: int, device: str, dtype: str) -> Ready:
-    """The bound of decoding at batch 1: the time to read all weights once a token."""
-    rt = peer_runtime(device, dtype)
-    size = sum(p.numel() for p in GPT.from_pretrained(folder).parameters()) * rt.dtype.itemsize
+def read_weights(setting: Setting, new: int) -> Ready:
+    """The bound of decoding at batch 1: all weights are read once a token."""
+    rt = setting.runtime()
+    size = sum(p.numel() for p in GPT.from_pretrained(setting.weights()).parameters()) * rt.dtype.itemsize
     buffer = torch.ones(size // 4, device=rt.device)
-    buffer.sum()
-    return Ready(np.zeros((0, 0), dtype=np.int64), lambda: [buffer.sum() for _ in range(times)], f"{size / 1e6:,.0f} MB")
+    return Ready(np.zeros((0, 0)), lambda: [buffer.sum() for _ in range(new)])
 
 
-def regret(folder: Path, prompt: int, own: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """How far the log-probability of each generated token is below the likeliest one's, by the model in float32 over
-    what was generated so far. Greedy tokens themselves part in bfloat16 where two are as likely."""
-    if own.size == 0:
-        return np.zeros(1)
-    rows = torch.from_numpy(own)
-    with torch.no_grad():
-        logits = GPT.from_pretrained(folder)(rows[:, :-1])[:, prompt - 1:]  # (rows, new, V)
-    return (logits.amax(-1) - logits.gather(-1, rows[:, prompt:, None])[..., 0]).numpy()
+def sample(setting: Setting) -> Iterator[Case]:
+    reference = GPT.from_pretrained(setting.weights())
+    for B in (1, 256) if setting.device == "cuda" else (1, 4):
+        prompt, new = setting.size(32, 8), setting.size(256 if setting.device == "cuda" else 64, 8)
+        run = (setting, B, prompt, new)
+        faster = "compiled" if setting.device == "cuda" else "weights packed"
+        contenders = {f"PyGPT2, {faster}": (sample_ours, *run, True), "PyGPT2": (sample_ours, *run, False),
+                      "transformers": (sample_transformers, *run, False), "transformers, compiled, static cache": (sample_transformers, *run, True)}
+        if B == 1:
+            contenders["bound: reading the weights once a token"] = (read_weights, setting, new)
 
+        @torch.no_grad()
+        def regret(own: np.ndarray, first: np.ndarray) -> np.ndarray:
+            """How far below the likeliest token the generated ones are, in nats, by the float32 model after the same
+            tokens: greedy texts themselves part in bfloat16 where two tokens are as likely."""
+            if own.size == 0:
+                return np.zeros(1)
+            rows = torch.from_numpy(own)
+            logits = reference(rows[:, :-1])[:, prompt - 1:]  # (rows, new, V)
+            return (logits.amax(-1) - logits.gather(-1, rows[:, prompt:, None])[..., 0]).amax(1).numpy()
 
-def sample_case(name: str, config: GPTConfig, batch: int, prompt: int, new: int, device: str, dtype: str, scratch: Path) -> Case:
-    folder = weights(config, scratch)
-    sizes = dict(folder=folder, batch=batch, prompt=prompt, new=new, device=device, dtype=dtype)
-    contenders = {"PyGPT2": (sample_ours, sizes), "transformers": (sample_transformers, sizes | {"compiled": False}),
-                  "transformers compiled, static cache": (sample_transformers, sizes | {"compiled": True})}
-    if batch == 1:
-        contenders["reading the weights once a token"] = (read_weights, dict(folder=folder, times=new, device=device, dtype=dtype))
-    return Case("sample", f"{name}, batch {batch}, prompt {prompt}, {new} new tokens, greedy, {dtype} weights", "tok", batch * new, contenders,
-                tolerance=0.05 if dtype == "bfloat16" else 1e-3,
-                difference=functools.partial(regret, folder, prompt), together=device == "cuda")
-
-
-def sample_cases(device: str, dtype: str, scratch: Path) -> Iterator[Case]:
-    for batch in (1, 256) if device == "cuda" else (1, 4):
-        yield sample_case("124M", SIZES["gpt2"], batch, 32, 256 if device == "cuda" else 64, device, dtype, scratch)
+        yield Case(f"sample 124M, batch {B}, prompt {prompt}, {new} new tokens, greedy, {setting.dtype} weights", "tok", B * new, contenders,
+                   tolerance=0.05 if setting.dtype == "bfloat16" else 1e-3, difference=regret, together=setting.device == "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------- hellaswag
 
-def synthetic_items(n: int) -> list:
-    """Items of HellaSwag's lengths (a third from WikiHow, longer) made of the words of input.txt."""
-    from hellaswag import Item
+def find_items(n: int) -> tuple[list, str]:
+    """n items, evenly from the official file where it is; else of its lengths (a third is from WikiHow and longer), made
+    of the words of input.txt."""
+    from hellaswag import DATA, Item, load_items
 
-    words, rng = (ROOT / "input.txt").read_text().split(), np.random.default_rng(0)
+    if DATA.is_file():
+        items = load_items()
+        return [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)], "official"
+    words, rng, items = (ROOT / "input.txt").read_text().split(), np.random.default_rng(0), []
 
-    def text(length: float) -> str:
+    def text(mean: float, deviation: float) -> str:
         start = rng.integers(len(words) - 100)
-        return " ".join(words[start:start + int(np.clip(length, 2, 70))])
+        return " ".join(words[start:start + int(np.clip(rng.normal(mean, deviation), 2, 70))])
 
-    items = []
     for _ in range(n):
         context, ending = ((50, 6), (28, 4)) if rng.random() < 0.32 else ((28, 10), (20, 9))  # words: mean and deviation
         mean = rng.normal(*ending)
-        items.append(Item(text(rng.normal(*context)), tuple(text(rng.normal(mean, 4)) for _ in range(4)), int(rng.integers(4))))
-    return items
+        items.append(Item(text(*context), tuple(text(mean, 4) for _ in range(4)), 0))
+    return items, "synthetic"
 
 
-def find_items(n: int) -> tuple[list, str]:
-    """n items evenly from the official file where it is, else synthetic ones."""
-    import hellaswag
-
-    if hellaswag.DATA.is_file():
-        items = hellaswag.load_items()
-        return [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)], "official"
-    return synthetic_items(n), "synthetic"
-
-
-def score_ours(folder: Path, n: int, device: str, dtype: str) -> Ready:
+def score_ours(setting: Setting, n: int) -> Ready:
     from hellaswag import evaluate
 
-    rt = runtime.start(device, dtype)
-    model, items = GPT.from_pretrained(folder).to(rt.device), find_items(n)[0]
+    rt = setting.runtime(ours=True)
+    model, items = GPT.from_pretrained(setting.weights()).to(rt.device), find_items(n)[0]
 
     def work() -> np.ndarray:
         return evaluate(model, get_encoding("gpt2"), items, rt=rt, progress=False).log_p
@@ -476,79 +429,70 @@ def score_ours(folder: Path, n: int, device: str, dtype: str) -> Ready:
     return Ready(work(), work)
 
 
-def score_plain(folder: Path, n: int, device: str, dtype: str) -> Ready:
-    """build-nanogpt's scheme on our model: an item at a time in four padded rows, logits everywhere, masked cross-entropy."""
-    rt = peer_runtime(device, dtype)
-    model, items, encoding = GPT.from_pretrained(folder).to(rt.device), find_items(n)[0], get_encoding("gpt2")
+def score_plain(setting: Setting, n: int) -> Ready:
+    """Our model in build-nanogpt's scheme: an item at a time in four padded rows, logits everywhere, masked cross-entropy."""
+    rt, encoding = setting.runtime(), get_encoding("gpt2")
+    model, items = GPT.from_pretrained(setting.weights()).to(rt.device), find_items(n)[0]
 
     def score(item) -> np.ndarray:
         context, endings = encoding.encode_ordinary(item.ctx), [encoding.encode_ordinary(" " + ending) for ending in item.endings]
         tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
         mask = torch.zeros(4, tokens.size(1) - 1)
         for k, ending in enumerate(endings):
-            tokens[k, :len(context) + len(ending)] = torch.tensor(context + ending)
-            mask[k, len(context) - 1:len(context) + len(ending) - 1] = 1
-        tokens, mask = tokens.to(rt.device), mask.to(rt.device)
-        logits = model(tokens)[:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
-        return -(losses * mask).sum(1).cpu().numpy()
+            end = len(context) + len(ending)
+            tokens[k, :end], mask[k, len(context) - 1:end - 1] = torch.tensor(context + ending), 1
+        tokens = tokens.to(rt.device)
+        losses = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+        return -(losses * mask.to(rt.device)).sum(1).cpu().numpy()
 
+    @torch.no_grad()
     def work() -> np.ndarray:
-        with torch.no_grad(), rt.autocast():
+        with rt.autocast():  # around all, so that weights are cast once
             return np.stack([score(item) for item in items])
 
     return Ready(work(), work)
 
 
-def score_harness(folder: Path, n: int, device: str, dtype: str) -> Ready:
-    """lm-evaluation-harness on the same weights, given the same contexts and endings."""
+def score_harness(setting: Setting, n: int) -> Ready:
+    """lm-evaluation-harness, given the same contexts and endings."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
     from hellaswag import render
 
-    rt = peer_runtime(device, dtype)
-    model = HFLM(pretrained=GPT2LMHeadModel.from_pretrained(folder, dtype=rt.dtype).to(rt.device), tokenizer=GPT2TokenizerFast.from_pretrained(folder),
-                 batch_size=8 if device == "cpu" else 256, device=device)
+    rt = setting.runtime()
+    model = GPT2LMHeadModel.from_pretrained(setting.weights(), dtype=rt.dtype).to(rt.device)
+    scorer = HFLM(model, tokenizer=GPT2TokenizerFast.from_pretrained(setting.weights()), batch_size=256 if setting.device == "cuda" else 8, device=setting.device)
     texts = [render(item, "completion")[:2] for item in find_items(n)[0]]
     requests = [Instance("loglikelihood", {}, (context, ending), k) for context, endings in texts for k, ending in enumerate(endings)]
 
     def work() -> np.ndarray:
-        return np.array([log_p for log_p, _ in model.loglikelihood(requests, disable_tqdm=True)]).reshape(-1, 4)
+        return np.array([log_p for log_p, _ in scorer.loglikelihood(requests, disable_tqdm=True)]).reshape(-1, 4)
 
     return Ready(work(), work)
 
 
-def hellaswag_case(name: str, config: GPTConfig, n: int, peers: bool, device: str, dtype: str, scratch: Path) -> Case:
-    arguments = dict(folder=weights(config, scratch), n=n, device=device, dtype=dtype)
-    contenders = {"PyGPT2": (score_ours, arguments)}
-    if peers:
-        contenders |= {"one item at a time, as build-nanogpt does": (score_plain, arguments), "lm-evaluation-harness": (score_harness, arguments)}
-    # Sums over an ending's tokens, about -320 with random weights.
-    return Case("hellaswag", f"{name}, {n:,} {find_items(1)[1]} items, {dtype}", "items", n, contenders, tolerance=0.5 if dtype == "bfloat16" else 2e-3, together=device == "cuda")
-
-
-def hellaswag_cases(device: str, dtype: str, scratch: Path) -> Iterator[Case]:
-    if device == "cuda":
-        yield hellaswag_case("124M, the whole set", SIZES["gpt2"], 10_042, False, device, dtype, scratch)
-    yield hellaswag_case("124M", SIZES["gpt2"], 500 if device == "cuda" else 40, True, device, dtype, scratch)
+def hellaswag(setting: Setting) -> Iterator[Case]:
+    tolerance = 0.5 if setting.dtype == "bfloat16" else 2e-3  # of sums over an ending, about -320 with random weights
+    setting.weights()
+    peers = {"one item at a time, as build-nanogpt does": score_plain, "lm-evaluation-harness": score_harness}
+    for n, others in [(10_042, {}), (500, peers)] if setting.device == "cuda" else [(setting.size(40, 4), peers)]:
+        yield Case(f"hellaswag 124M, {n:,} {find_items(1)[1]} items, {setting.dtype}", "items", n,
+                   {name: (score, setting, n) for name, score in ({"PyGPT2": score_ours} | others).items()}, tolerance, together=setting.device == "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------- data
 
 def make_corpus(file: Path, size: int) -> int:
     """JSON lines of about `size` bytes of text in documents of up to 5 kB, FineWeb-Edu's mean: the Python sources installed here."""
-    paths = sysconfig.get_paths()
-    total = 0
+    paths, total = sysconfig.get_paths(), 0
+    sources = (source for kind in ("stdlib", "purelib") for source in sorted(Path(paths[kind]).rglob("*.py")))
     with open(file, "w") as f:
-        for source in (source for folder in (paths["stdlib"], paths["purelib"]) for source in sorted(Path(folder).rglob("*.py"))):
+        while total < size and (source := next(sources, None)):
             text = source.read_text(errors="replace")
-            for start in range(0, len(text), 5000):
-                f.write(json.dumps({"text": text[start:start + 5000]}) + "\n")
+            f.writelines(json.dumps({"text": text[start:start + 5000]}) + "\n" for start in range(0, len(text), 5000))
             total += len(text.encode(errors="replace"))
-            if total >= size:
-                break
     return total
 
 
@@ -567,8 +511,7 @@ def prepare_ours(file: Path, workers: int, shard_tokens: int) -> Ready:
     def work() -> list[np.ndarray]:
         with tempfile.TemporaryDirectory(dir=file.parent) as out:
             fineweb.prepare(fineweb.PrepareConfig(input=(str(file),), out=out, workers=workers, shard_tokens=shard_tokens), say=lambda *lines: None)
-            shards = sorted(Path(out).glob("*.bin"), key=lambda shard: shard.stem[-6:])
-            return [np.fromfile(shard, "<u2", offset=HEADER_BYTES) for shard in shards]
+            return [np.fromfile(shard, "<u2", offset=HEADER_BYTES) for shard in sorted(Path(out).glob("*.bin"), key=lambda shard: shard.stem[-6:])]
 
     return Ready(digest(work()), work)
 
@@ -582,24 +525,24 @@ def prepare_plain(file: Path, workers: int, shard_tokens: int) -> Ready:
     """build-nanogpt's scheme: a pool, one document per task, lists of Python integers, shards as .npy."""
     def work() -> list[np.ndarray]:
         with tempfile.TemporaryDirectory(dir=file.parent) as out, multiprocessing.get_context("fork").Pool(workers) as pool:
-            shard, fill, shards = np.empty(shard_tokens, dtype=np.uint16), 0, []
+            shard, fill, done = np.empty(shard_tokens, dtype=np.uint16), 0, []
             for tokens in pool.imap(encode_document, read_corpus(file), chunksize=16):
                 while fill + len(tokens) >= shard_tokens:
                     n = shard_tokens - fill
                     shard[fill:], tokens, fill = tokens[:n], tokens[n:], 0
-                    np.save(f"{out}/{len(shards)}", shard)
-                    shards.append(shard.copy())
+                    np.save(f"{out}/{len(done)}", shard)
+                    done.append(shard.copy())
                 shard[fill:fill + len(tokens)] = tokens
                 fill += len(tokens)
-            np.save(f"{out}/{len(shards)}", shard[:fill])
-            return [*shards, shard[:fill]]
+            np.save(f"{out}/{len(done)}", shard[:fill])
+            return [*done, shard[:fill]]
 
     return Ready(digest(work()), work)
 
 
 def tiktoken_alone(file: Path) -> Ready:
-    encoding = get_encoding("gpt2")
-    documents, eot = list(read_corpus(file)), np.array([encoding.eot_token], dtype=np.uint32)
+    encoding, documents = get_encoding("gpt2"), list(read_corpus(file))
+    eot = np.array([encoding.eot_token], dtype=np.uint32)
 
     def work() -> list[np.ndarray]:
         return [tokens for text in documents for tokens in (eot, encoding.encode_to_numpy(text, disallowed_special=()))]
@@ -607,64 +550,49 @@ def tiktoken_alone(file: Path) -> Ready:
     return Ready(digest(work()), work)
 
 
-def data_case(size: int, workers: int, shard_tokens: int, scratch: Path) -> Case:
-    file = scratch / "corpus.jsonl"
-    size = make_corpus(file, size)
-    both = dict(file=file, workers=workers, shard_tokens=shard_tokens)
-    alone = "tiktoken alone, 1 process"
-    return Case("data", f"{size / 1e6:.0f} MB of Python sources, {workers} workers", "MB", size / 1e6,
-                {"PyGPT2 (fineweb.prepare)": (prepare_ours, both), "one document a task, as build-nanogpt does": (prepare_plain, both),
-                 alone: (tiktoken_alone, dict(file=file))},
-                derived=lambda rates: f"{rates['PyGPT2 (fineweb.prepare)'] / rates[alone] / workers:.0%} of workers × tiktoken alone" if alone in rates else "")
-
-
-def data_cases(device: str, dtype: str, scratch: Path) -> Iterator[Case]:
-    yield data_case(100_000_000, min(8, os.cpu_count()), 10_000_000, scratch)
+def data(setting: Setting) -> Iterator[Case]:
+    file, workers = setting.scratch / "corpus.jsonl", min(8, os.cpu_count())
+    megabytes = make_corpus(file, setting.size(100_000_000, 300_000)) / 1e6
+    run, alone = (file, workers, setting.size(10_000_000, 20_000)), "tiktoken alone, 1 process"
+    yield Case(f"data, {megabytes:.0f} MB of Python sources, {workers} workers", "MB", megabytes,
+               {"PyGPT2": (prepare_ours, *run), "one document a task, as build-nanogpt does": (prepare_plain, *run), alone: (tiktoken_alone, file)},
+               remark=lambda rates: f"PyGPT2 reaches {rates['PyGPT2'] / rates[alone] / workers:.0%} of workers × tiktoken alone" if {"PyGPT2", alone} <= rates.keys() else "")
 
 
 # ---------------------------------------------------------------------------------------------------- load
 
-LOAD_OURS = "import sys, torch; from model import GPT; model = GPT.from_pretrained(sys.argv[1]); forward = model"
-LOAD_TRANSFORMERS = ("import sys, torch; from transformers import GPT2LMHeadModel; model = GPT2LMHeadModel.from_pretrained(sys.argv[1]).eval(); "
-                     "forward = lambda idx: model(idx).logits")
+LOAD = {"PyGPT2": "import sys, torch; from model import GPT; forward = GPT.from_pretrained(sys.argv[1])",
+        "transformers": "import sys, torch; from transformers import GPT2LMHeadModel; model = GPT2LMHeadModel.from_pretrained(sys.argv[1]); "
+                        "forward = lambda idx: model.eval()(idx).logits"}
 SHOW_LOGITS = "; torch.set_grad_enabled(False); print(forward(torch.arange(8)[None])[0, -1, :50].tolist())"
 
 
-def fresh_process(arguments: list[str], check: str = "") -> Ready:
+def fresh_process(code_or_script: list[str], check: str = "") -> Ready:
     """A round is a whole Python process. check: code to append once that prints the outputs."""
-    def run(*command: str) -> str:
-        process = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    def run(*arguments: str) -> str:
+        process = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
         if process.returncode:
-            last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise (ImportError if "ModuleNotFoundError" in last else RuntimeError)(last)
+            fault = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise (ImportError if "ModuleNotFoundError" in fault else RuntimeError)(fault)
         return process.stdout
 
-    run(*arguments)
-    output = np.array(json.loads(run("-c", arguments[1] + check, *arguments[2:]))) if check else np.zeros(0)
-    return Ready(output, lambda: run(*arguments))
+    output = json.loads(run("-c", code_or_script[1] + check, *code_or_script[2:])) if check else []
+    run(*code_or_script)
+    return Ready(np.array(output), lambda: run(*code_or_script))
 
 
-def load_case(name: str, config: GPTConfig, scratch: Path) -> Case:
-    folder = str(weights(config, scratch))
-    return Case("load", f"{name}, float32 on the CPU, a fresh process with its imports", "loads", 1, {
-        row: (fresh_process, dict(arguments=["-c", code, folder], check=SHOW_LOGITS))
-        for row, code in (("PyGPT2", LOAD_OURS), ("transformers", LOAD_TRANSFORMERS))}, tolerance=1e-4)
-
-
-def start_case() -> Case:
+def load(setting: Setting) -> Iterator[Case]:
+    folder = setting.weights()
+    yield Case("load 124M, float32 on the CPU, a fresh process with its imports", "loads", 1,
+               {name: (fresh_process, ["-c", code, folder], SHOW_LOGITS) for name, code in LOAD.items()}, tolerance=1e-4)
     scripts = ("train_gpt2.py", "sample.py", "hellaswag.py", "fineweb.py")
     commands = {"import torch": ["-c", "import torch"]} | {f"{script} --help": [script, "--help"] for script in scripts}
-    return Case("load", "start-up, beside torch alone", "starts", 1, {row: (fresh_process, dict(arguments=command)) for row, command in commands.items()})
-
-
-def load_cases(device: str, dtype: str, scratch: Path) -> Iterator[Case]:
-    yield load_case("124M", SIZES["gpt2"], scratch)
-    yield start_case()
+    yield Case("start-up beside torch alone, a fresh process", "starts", 1, {name: (fresh_process, command) for name, command in commands.items()})
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-SUBJECTS = {"load": load_cases, "sample": sample_cases, "hellaswag": hellaswag_cases, "train": train_cases, "data": data_cases}
+SUBJECTS = {"train": train, "sample": sample, "hellaswag": hellaswag, "data": data, "load": load}
 
 
 def main() -> None:
@@ -674,33 +602,32 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of matrix products; auto: bfloat16 where the hardware has it")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--tiny", action="store_true", help="the sizes of the tests: does it run?")
     args = parser.parse_args()
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}", expected="1 or more", remedy="5 is a good start")
     device = runtime.choose_device(args.device)
     dtype = str(runtime.choose_dtype(args.dtype, device)).removeprefix("torch.")
-    now = datetime.now(timezone.utc)
-    figures = {"command": " ".join(["python", *sys.argv]), "date": now.isoformat(timespec="seconds"), "machine": machine(device.type), "cases": []}
-    files = [args.json] if args.json else []
-    if args.subject == "all":
-        folder = Path("bench") / now.strftime("%Y-%m-%dT%H%M%SZ")
-        folder.mkdir(parents=True)
-        files.append(folder / "all.json")
-    print(f"{figures['date']}, {figures['machine']['gpu'] or figures['machine']['cpu']}, {figures['machine']['threads']} threads, "
-          + ", ".join(f"{name} {number or 'not installed'}" for name, number in figures["machine"]["versions"].items()), flush=True)
+    now, here, results = datetime.now(timezone.utc), machine(device.type), []
+    heading = (f"`{' '.join(['python', *sys.argv])}`, {now:%Y-%m-%d %H:%M} UTC, {here['gpu'] or here['cpu']}, {here['threads']} threads, "
+               + ", ".join(f"{name} {number or 'not installed'}" for name, number in here["versions"].items()) + "\n")
+    file = args.json
+    if args.subject == "all" and not file:
+        file = Path("bench") / f"{now:%Y-%m-%dT%H%M%SZ}" / "all.json"
+        file.parent.mkdir(parents=True)
+    print(heading, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for subject in SUBJECTS if args.subject == "all" else [args.subject]:
-            for case in SUBJECTS[subject](device.type, dtype, Path(scratch)):
-                figures["cases"].append(run_case(case, args.rounds))
-                print("", table(figures["cases"][-1]), sep="\n", end="", flush=True)
-                for file in files:  # after each case: what is measured stays, whatever comes
-                    file.write_text(json.dumps(figures, indent=2) + "\n")
-                    if args.subject == "all":
-                        (folder / "tables.md").write_text("\n".join(map(table, figures["cases"])))
-    faults = [f"{case['title']}: {row['name']} {row['fault']}" for case in figures["cases"] for row in case["rows"]
+        for name in SUBJECTS if args.subject == "all" else [args.subject]:
+            for case in SUBJECTS[name](Setting(device.type, dtype, Path(scratch), args.tiny)):
+                results.append({"subject": name} | run_case(case, args.rounds))
+                print(table(results[-1]), flush=True)
+                if file:  # after each case: what is measured stays, whatever comes
+                    file.write_text(json.dumps({"command": sys.argv, "date": now.isoformat(), "dtype": dtype, "machine": here, "results": results}, indent=2))
+                    file.with_suffix(".md").write_text("\n".join([heading, *map(table, results)]))
+    faults = [f"{result['title']}: {name}: {row['fault']}" for result in results for name, row in result["rows"].items()
               if row["fault"] and not row["fault"].startswith("not installed")]
     if faults:
-        raise UserError("; ".join(faults), expected="equal outputs and no failures", remedy="see above")
+        raise UserError("; ".join(faults), expected="equal outputs and no failures", remedy="see what was printed above")
 
 
 if __name__ == "__main__":
