@@ -193,9 +193,10 @@ def to_rows(number: int, item: Item, style: Style, encoding: tiktoken.Encoding, 
 # the vocabulary, a third of the work at 124M, runs only where a token of an ending is predicted. A key-value cache or rows
 # packed without padding do the same arithmetic; measured on a CPU they were within 5% of this, which is the simplest.
 
-# Tokens in a batch, and the multiple its rows are padded to: a CPU wants what its caches hold, a GPU few large shapes.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
-PAD_TO = {"cpu": 8, "cuda": 32, "mps": 32}
+# Tokens in a batch, and the multiple its rows are padded to: a CPU does as well with small batches, which pad less, a GPU
+# needs large ones of few shapes.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768, "mps": 8192}
+PAD_TO = {"cpu": 1, "cuda": 32, "mps": 32}
 HEAD_ROWS = {"cpu": 512, "cuda": 4096, "mps": 2048}  # logits in memory at once
 
 
