@@ -12,6 +12,7 @@ the same command goes on after the last shard and ends with the same bytes, what
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import fcntl
 import functools
@@ -43,7 +44,6 @@ from runtime import UserError, parse_flags, run_script
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same corpus as llm.c shards, from the author of modded-nanogpt
 TASK_BYTES = 2**19  # text per task: long enough to hide the cost of handing it over, short enough to keep memory small
-TASK_ROWS = 128  # the same for rows of a dataset, whose documents are about 5 kB
 MOST_SKIPPED = 0.1  # of all documents; beyond that the input is not what was meant
 RETRIES = 6  # in a row and without progress, after 1, 2, 4 … seconds, on top of the hub client's own
 
@@ -82,6 +82,11 @@ class PrepareConfig:
         return re.sub(r"[^\w.-]", "-", name).strip("-.") or "corpus"
 
     @property
+    def source(self) -> str:
+        """How messages name it."""
+        return "--input " + " ".join(self.input[:3]) + " …" * (len(self.input) > 3) if self.input else f"--dataset {self.dataset} --name {self.name!r}"
+
+    @property
     def folder(self) -> Path:
         is_default = not self.input and (self.dataset, self.name) == (FINEWEB_EDU, "sample-10BT")
         return Path(self.out or ("edu_fineweb10B" if is_default else f"data/{self.corpus}"))
@@ -89,61 +94,43 @@ class PrepareConfig:
 
 # ---------------------------------------------------------------------------------------------------- sources
 
-class Batch(NamedTuple):
-    """Documents in order; whatever is not a str cannot be used and says why in `reason_to_skip`."""
-
-    documents: list[Any]
-    after: dict  # position of the source after them, as JSON
-    fraction: float | None  # of the source that is then done
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    reason: str
+# A source is a function of a position (None: the start) that yields (document, position after it, fraction of the source
+# then done). Positions are JSON; position and fraction are None where they are not known. What is not a str cannot be used.
+Rows = Iterator[tuple[Any, dict | None, float | None]]
 
 
 def reason_to_skip(document: Any) -> str | None:
-    if isinstance(document, str):
-        return None
-    if isinstance(document, Unreadable):
-        return document.reason
-    return "missing text" if document is None else f"{type(document).__name__} instead of text"
+    if isinstance(document, ValueError):
+        return str(document)
+    return None if isinstance(document, str) else "missing text" if document is None else f"{type(document).__name__} instead of text"
 
 
-class TextFiles:
-    """Local text: whole files, files split at a separator, or lines of JSON; compressed (.gz, .bz2, .zst) or not."""
+def read_text(files: list[str], text_column: str, split_on: str, position: dict | None) -> Rows:
+    """Local text, compressed (.gz, .bz2, .zst) or not: whole files, files split at a separator, or lines of JSON.
 
-    def __init__(self, files: list[str], text_column: str, split_on: str):
-        self.files, self.text_column = files, text_column
-        self.split_on = split_on.replace("\\n", "\n").replace("\\t", "\t").encode()
+    A position is a file and a byte of its uncompressed content.
+    """
+    first, start = (position["file"], position["byte"]) if position else (0, 0)
+    separator = split_on.replace("\\n", "\n").replace("\\t", "\t").encode()
+    ends = np.cumsum([os.path.getsize(file) for file in files])
+    for i in range(first, len(files)):
+        is_jsonl = ".jsonl" in Path(files[i]).suffixes
+        for piece, byte in pieces(files[i], b"\n" if is_jsonl else separator, start):
+            if is_jsonl and not piece.strip():
+                continue
+            done = ends[i] if byte is None else min(ends[i], (ends[i - 1] if i else 0) + byte)
+            yield decode(piece, text_column if is_jsonl else None), {"file": i, "byte": byte} if byte else {"file": i + 1, "byte": 0}, done / max(1, ends[-1])
+        start = 0
 
-    def batches(self, position: dict | None) -> Iterator[Batch]:
-        """A position is a file and a byte of its uncompressed content."""
-        first, start = (position["file"], position["byte"]) if position else (0, 0)
-        sizes = [os.path.getsize(file) for file in self.files]
-        documents, num_bytes = [], 0
-        for i in range(first, len(self.files)):
-            is_jsonl = ".jsonl" in Path(self.files[i]).suffixes
-            for piece, end in pieces(self.files[i], b"\n" if is_jsonl else self.split_on, start):
-                if not is_jsonl or piece.strip():
-                    documents.append(self.document(piece, is_jsonl))
-                    num_bytes += len(piece)
-                if num_bytes >= TASK_BYTES:
-                    after = {"file": i, "byte": end} if end is not None else {"file": i + 1, "byte": 0}
-                    fraction = (sum(sizes[:i]) + min(sizes[i], end or sizes[i])) / max(1, sum(sizes))
-                    yield Batch(documents, after, fraction)
-                    documents, num_bytes = [], 0
-            start = 0
-        if documents:
-            yield Batch(documents, {"file": len(self.files), "byte": 0}, 1.0)
 
-    def document(self, piece: bytes, is_jsonl: bool) -> Any:
-        try:
-            return json.loads(piece).get(self.text_column) if is_jsonl else piece.decode()
-        except UnicodeDecodeError:
-            return Unreadable("not UTF-8")
-        except (ValueError, AttributeError, RecursionError):
-            return Unreadable("not a JSON object")
+def decode(piece: bytes, key: str | None) -> Any:
+    """The text of a document, or of this key of a JSON object."""
+    try:
+        return json.loads(piece).get(key) if key is not None else piece.decode()
+    except UnicodeDecodeError:
+        return ValueError("not UTF-8")
+    except (ValueError, AttributeError, RecursionError):
+        return ValueError("not a JSON object")
 
 
 def pieces(file: str, separator: bytes, start: int) -> Iterator[tuple[bytes, int | None]]:
@@ -171,71 +158,71 @@ def pieces(file: str, separator: bytes, start: int) -> Iterator[tuple[bytes, int
         raise UserError(f"{file}: {error}", expected="a whole, readable file", remedy="mend it or leave it out of --input") from None
 
 
-class Parquet:
-    """Rows of parquet files, local ones or on the hub, where only the text column is fetched, 32 MB at a time.
+def read_parquet(files: list[str], text_column: str, position: dict | None) -> Rows:
+    """Rows of parquet files, local or on the hub, where only the text column is fetched, 32 MB at a time. A position is a file and a row.
 
     `datasets` finds the files of a hub dataset, but its streams resume by reading the current file from its start again
     (2 GB in FineWeb-Edu), or, resharded by row group, fetch the footer anew for each of 10,000 groups. Read directly,
     the footer tells in which group to go on.
     """
+    import pyarrow.parquet
+    from huggingface_hub import HfFileSystem
 
-    def __init__(self, files: list[str], text_column: str):
-        self.files, self.text_column = files, text_column
-
-    def batches(self, position: dict | None) -> Iterator[Batch]:
-        """A position is a file and a row of it."""
-        import pyarrow
-        import pyarrow.parquet
-
-        first, row = (position["file"], position["row"]) if position else (0, 0)
-        for i in range(first, len(self.files)):
-            try:
-                with self.open(self.files[i]) as f:
-                    file, end = pyarrow.parquet.ParquetFile(f), 0
-                    check_column(self.text_column, file.schema_arrow.names)
-                    for group in range(file.num_row_groups):
-                        start, end = end, end + file.metadata.row_group(group).num_rows
-                        if end <= row:
-                            continue
-                        for batch in file.iter_batches(TASK_ROWS, row_groups=[group], columns=[self.text_column]):
-                            documents = batch.column(0).to_pylist()[max(0, row - start):]
-                            start += batch.num_rows
-                            row = max(row, start)
-                            if documents:
-                                yield Batch(documents, {"file": i, "row": row}, (i + row / file.metadata.num_rows) / len(self.files))
-            except pyarrow.ArrowInvalid as error:
-                raise UserError(f"{self.files[i]}: {error}", expected="a whole parquet file", remedy="fetch it again or leave it out") from None
-            row = 0
-
-    def open(self, file: str):
-        if not file.startswith("hf://"):
-            return open(file, "rb")
-        from huggingface_hub import HfFileSystem
-
-        return HfFileSystem().open(file.removeprefix("hf://"), block_size=2**25)
+    first, row = (position["file"], position["row"]) if position else (0, 0)
+    for i in range(first, len(files)):
+        try:
+            with HfFileSystem().open(files[i][len("hf://"):], block_size=2**25) if files[i].startswith("hf://") else open(files[i], "rb") as f:
+                file, end = pyarrow.parquet.ParquetFile(f), 0
+                check_column(text_column, file.schema_arrow.names)
+                for group in range(file.num_row_groups):
+                    start, end = end, end + file.metadata.row_group(group).num_rows
+                    if end <= row:
+                        continue
+                    for batch in file.iter_batches(128, row_groups=[group], columns=[text_column]):
+                        for document in batch.column(0).to_pylist()[max(0, row - start):]:
+                            row += 1
+                            yield document, {"file": i, "row": row}, (i + row / file.metadata.num_rows) / len(files)
+                        start += batch.num_rows
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{files[i]}: {error}", expected="a whole parquet file", remedy="fetch it again or leave it out") from None
+        row = 0
 
 
-class Stream:
-    """Rows of a hub dataset in any other format, through a `datasets` stream and its own state."""
-
-    def __init__(self, stream, text_column: str, num_rows: int | None):
-        self.stream, self.text_column, self.num_rows = stream.with_format("arrow"), text_column, num_rows
-
-    def batches(self, position: dict | None) -> Iterator[Batch]:
-        position = position or {"state": None, "rows": 0}
-        rows = position["rows"]
-        if position["state"]:
-            self.stream.load_state_dict(position["state"])
-        for table in self.stream.iter(TASK_ROWS):
-            check_column(self.text_column, table.column_names)
-            rows += table.num_rows
-            fraction = rows / self.num_rows if self.num_rows else None
-            yield Batch(table[self.text_column].to_pylist(), {"state": self.stream.state_dict(), "rows": rows}, fraction)
+def read_stream(stream, num_rows: int | None, text_column: str, position: dict | None) -> Rows:
+    """Rows of a `datasets` stream of any other format. A position is the stream's own state, known after every 128 rows."""
+    rows = position["rows"] if position else 0
+    if position:
+        stream.load_state_dict(position["state"])
+    for table in stream.with_format("arrow").iter(128):
+        check_column(text_column, table.column_names)
+        *documents, last = table[text_column].to_pylist()
+        rows += table.num_rows
+        yield from ((document, None, None) for document in documents)
+        yield last, {"state": stream.state_dict(), "rows": rows}, rows / num_rows if num_rows else None
 
 
 def check_column(column: str, columns: list[str]) -> None:
     if column not in columns:
         raise UserError(f"--text-column {column}: no such column", expected=f"one of {', '.join(columns)}", remedy="choose the one with the text")
+
+
+class Batch(NamedTuple):
+    documents: list[Any]
+    after: dict  # position of the source after them
+    fraction: float | None
+
+
+def in_batches(rows: Rows) -> Iterator[Batch]:
+    """Documents in tasks of about TASK_BYTES; short ones count as 100 bytes, so that a task never holds too many."""
+    documents, size, after, fraction = [], 0, None, None
+    for document, after, fraction in rows:
+        documents.append(document)
+        size += 100 + (len(document) if isinstance(document, str) else 0)
+        if size >= TASK_BYTES and after:
+            yield Batch(documents, after, fraction)
+            documents, size = [], 0
+    if documents:
+        yield Batch(documents, after, fraction)
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
@@ -248,16 +235,16 @@ def expand(patterns: Iterable[str]) -> list[str]:
     return [name for names in found for name in names if os.path.isfile(name)]
 
 
-def open_files(config: PrepareConfig, files: list[str]) -> TextFiles | Parquet:
+def open_files(config: PrepareConfig, files: list[str]) -> Callable[[dict | None], Rows]:
     num_parquet = sum(file.endswith(".parquet") for file in files)
     if num_parquet == 0:
-        return TextFiles(files, config.text_column, config.split_on)
+        return functools.partial(read_text, files, config.text_column, config.split_on)
     if num_parquet < len(files):
-        raise UserError(f"--input {' '.join(config.input)}: parquet and other files", expected="one kind", remedy="prepare them separately")
-    return Parquet(files, config.text_column)
+        raise UserError(f"{config.source}: parquet and other files", expected="one kind", remedy="prepare them separately")
+    return functools.partial(read_parquet, files, config.text_column)
 
 
-def open_dataset(config: PrepareConfig, revision: str) -> Parquet | Stream:
+def open_dataset(config: PrepareConfig, revision: str) -> Callable[[dict | None], Rows]:
     import datasets
 
     builder = datasets.load_dataset_builder(config.dataset, config.name or None, revision=revision)
@@ -265,9 +252,9 @@ def open_dataset(config: PrepareConfig, revision: str) -> Parquet | Stream:
     if config.split not in splits:
         raise UserError(f"--split {config.split}: no such split", expected=f"one of {', '.join(splits)}", remedy="choose one of them")
     if builder.name == "parquet":
-        return Parquet(list(builder.config.data_files[config.split]), config.text_column)
+        return functools.partial(read_parquet, list(builder.config.data_files[config.split]), config.text_column)
     info = (builder.info.splits or {}).get(config.split)
-    return Stream(builder.as_streaming_dataset(split=config.split), config.text_column, info and info.num_examples)
+    return functools.partial(read_stream, builder.as_streaming_dataset(split=config.split), info and info.num_examples, config.text_column)
 
 
 def on_hub(config: PrepareConfig, say: Callable, action: Callable[[], Any]) -> Any:
@@ -285,7 +272,7 @@ def on_hub(config: PrepareConfig, say: Callable, action: Callable[[], Any]) -> A
                 passing = error.response.status_code in (408, 429) or error.response.status_code >= 500
             if not passing or isinstance(error, OfflineModeIsEnabled) or attempt == RETRIES:
                 reason = " ".join(str(error).split())[:300]
-                raise UserError(f"--dataset {config.dataset} --name {config.name!r} --revision {config.revision}: {type(error).__name__}: {reason}",
+                raise UserError(f"{config.source} --revision {config.revision}: {type(error).__name__}: {reason}",
                                 expected="to read it from the hub",
                                 remedy="check the names and the connection, then run the same command again") from error
             say(f"the hub did not answer ({type(error).__name__}), trying again in {2**attempt} s")
@@ -298,7 +285,7 @@ def hub_batches(config: PrepareConfig, revision: str, position: dict | None, say
 
     def pull() -> Batch | None:
         nonlocal batches
-        batches, current = None, batches or open_dataset(config, revision).batches(position)
+        batches, current = None, batches or in_batches(open_dataset(config, revision)(position))
         batch = next(current, None)
         batches = current  # one that raised has ended and is not kept
         return batch
@@ -431,10 +418,11 @@ def lock(folder: Path) -> Iterator[None]:
 
 def resume(folder: Path, settings: dict) -> dict:
     """The partial manifest of an interrupted preparation with the same settings, its shards checked; or a fresh one."""
-    for file in folder.glob("*.tmp"):  # what a kill left
-        file.unlink()
     if (folder / "manifest.partial.json").exists():
         partial = tokens.read_manifest(folder, partial=True)
+        for file in folder.iterdir():  # what a kill left unfinished or not yet in the manifest
+            if file.suffix in (".tmp", ".bin") and file.name not in {shard["name"] for shard in partial["shards"]}:
+                file.unlink()
         if partial["shards"]:  # else nothing is lost by beginning anew
             check_settings(folder, partial, settings)
             tokens.verify_shards(folder, partial)
@@ -448,7 +436,7 @@ def resume(folder: Path, settings: dict) -> dict:
 
 def check_settings(folder: Path, manifest: dict, settings: dict) -> None:
     """Refuse to go on with another source or another cut than the folder was begun with."""
-    old, new = ({"source": None} | m["source"] | {key: m[key] for key in ("encoding", "revision", "shard_tokens", "max_tokens")} for m in (manifest, settings))
+    old, new = (m["source"] | {key: m[key] for key in ("encoding", "revision", "shard_tokens", "max_tokens")} for m in (manifest, settings))
     if differing := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
         raise UserError(f"{folder}: {', '.join(f'{key} was {old.get(key)!r}, now {new.get(key)!r}' for key in differing)}",
                         expected="the settings and source it was begun with",
@@ -474,18 +462,13 @@ class Progress:
         elif now > self.next_line:
             self.next_line = now + 30
             rate = (done - self.first) / (now - self.start)
-            left = f"of about {total:,.0f} ({fraction:.1%}), {duration((total - done) / rate)} left" if total and rate else "of an unknown total"
+            left = f"of about {total:,.0f} ({fraction:.1%}), {datetime.timedelta(seconds=round((total - done) / rate))} left" if total and rate else "of an unknown total"
             self.say(f"shard {shard}: {done:,} tokens {left}, {rate:,.0f} tokens/s")
 
     def close(self, done: int) -> str:
         self.bar.close()
         seconds = time.monotonic() - self.start
         return f"{seconds:.1f} s, {(done - self.first) / seconds:,.0f} tokens/s"
-
-
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"
 
 
 # ---------------------------------------------------------------------------------------------------- preparing
@@ -530,36 +513,39 @@ def write(config: PrepareConfig, settings: dict, files: list[str], say: Callable
         skip, documents, skipped = before["skip"], before["documents"], Counter(before["skipped"])
         if writer.shards:
             say(f"going on after shard {len(writer.shards) - 1} and {documents:,} documents")
-        batches = open_files(config, files).batches(before["source"]) if files else hub_batches(config, settings["revision"], before["source"], say)
+        if files:
+            batches = in_batches(open_files(config, files)(before["source"]))
+        else:
+            batches = hub_batches(config, settings["revision"], before["source"], say)
         progress = Progress(say, writer.num_tokens)
         limit = config.max_tokens or 2**63
         for new, batch in tokenised(pool, batches, config.tokenizer, 3 * workers):
-            writer.add(new[:skip + limit - writer.num_tokens], before, skip)
-            documents, skip = documents + len(batch.documents), 0
+            new = new[:skip + limit - writer.num_tokens]
+            writer.add(new, before, skip)
+            documents, skip = documents + int(np.count_nonzero(new == writer.eot_token)), 0  # text never has this token
             skipped.update(filter(None, map(reason_to_skip, batch.documents)))
             before = {"source": batch.after, "documents": documents, "skipped": dict(skipped)}
             progress.show(writer.num_tokens, max(batch.fraction or 0, writer.num_tokens / limit), len(writer.shards))
-            if documents > 1000:
+            if documents + skipped.total() > 1000:
                 check_skipped(config, documents, skipped)
             if writer.num_tokens >= limit:
                 break
         check_skipped(config, documents, skipped)
         num_tokens, speed = writer.num_tokens, progress.close(writer.num_tokens)
-        if num_tokens <= documents - skipped.total():
-            raise UserError(f"{source_name(config)}: {documents:,} documents without any text", expected="some text", remedy="check the source")
+        if num_tokens <= documents:
+            raise UserError(f"{config.source}: {documents:,} documents without any text", expected="some text", remedy="check the source")
         writer.finish({"documents": documents, "skipped": dict(skipped)})
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "none"
-    say(f"{config.folder}: {documents:,} documents, {num_tokens:,} tokens in {len(writer.shards)} shards, {speed}; skipped documents: {reasons}")
+    say(f"{config.folder}: {documents:,} documents, {num_tokens:,} tokens in {len(writer.shards)} shards, {speed}; skipped documents: {listed(skipped)}")
 
 
-def source_name(config: PrepareConfig) -> str:
-    return "--input " + " ".join(config.input) if config.input else f"--dataset {config.dataset}"
+def listed(skipped: Counter) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "none"
 
 
 def check_skipped(config: PrepareConfig, documents: int, skipped: Counter) -> None:
-    if skipped.total() > MOST_SKIPPED * documents:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-        raise UserError(f"{source_name(config)}: {skipped.total():,} of {documents:,} documents cannot be used: {reasons}",
+    found = documents + skipped.total()
+    if skipped.total() > MOST_SKIPPED * found:
+        raise UserError(f"{config.source}: {skipped.total():,} of {found:,} documents cannot be used: {listed(skipped)}",
                         expected=f"at most {MOST_SKIPPED:.0%}", remedy=f"check the source and --text-column {config.text_column}")
 
 
