@@ -420,7 +420,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         """x (N, C), weight (V, C), targets (N,)."""
         N, V = x.size(0), weight.size(0)
         padding = -V % LOSS_ALIGNMENT[x.device.type]
-        w = F.pad(weight.to(x.dtype), (0, 0, 0, padding))
+        w = weight.to(x.dtype)
+        if padding:
+            w = F.pad(w, (0, 0, 0, padding))
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         dx = torch.empty_like(x) if needs_grad else None
         dw = torch.zeros(w.shape, device=x.device, dtype=torch.float32) if needs_grad else None
@@ -436,6 +438,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32)).to(x.dtype)
                 dx[start:start + chunk] = d_logits @ w
                 dw += d_logits.t() @ rows
+            logits = log_p = d_logits = None  # gone before the next chunk's are made
         ctx.save_for_backward(dx, dw[:V] if needs_grad else None)
         return loss / N
 

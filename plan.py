@@ -52,9 +52,8 @@ def activation_bytes(c: GPTConfig, width: int = 2, fused: bool = True) -> int:
 def memory(c: GPTConfig, micro_batch: int, width: int = 2, device: str = "cuda", fused: bool = True) -> dict[str, int]:
     """Peak bytes of training on one rank, by part; DDP adds nothing, its buckets are the gradients."""
     tokens = micro_batch * c.block_size
-    # Bytes per logit of a chunk: itself, what log_softmax makes of it, and from the second chunk on the last one's remains.
-    first, later = (10, 16) if width == 2 else (8, 12)
-    logits = c.vocab_size * min(tokens, LOSS_ROWS[device]) * (later if tokens > LOSS_ROWS[device] else first)
+    # Bytes per logit of a chunk: itself and what log_softmax makes of it.
+    logits = c.vocab_size * min(tokens, LOSS_ROWS[device]) * (10 if width == 2 else 8)
     return {
         "weights, gradients and moments": 16 * parameters(c),  # 4 × float32
         "copies in bfloat16": 2 * 12 * c.n_layer * c.n_embd**2 if width == 2 else 0,  # which autocast makes of the linears
