@@ -91,13 +91,18 @@ class Setting:
             torch.set_float32_matmul_precision("high")
         return Runtime(0, 1, torch.device(self.device), getattr(torch, self.dtype))
 
-    def weights(self, config: GPTConfig = SIZES["gpt2"]) -> str:
-        """A Hugging Face directory with random weights and GPT-2's tokenizer, made once."""
+    def weights(self, config: GPTConfig = SIZES["gpt2"], larger: int = 1) -> str:
+        """A Hugging Face directory with random weights and GPT-2's tokenizer, made once. larger: scales the blocks'."""
         config = GPTConfig(2, 2, 64, config.block_size) if self.tiny else config
-        folder = self.scratch / f"{config.n_layer}x{config.n_embd}x{config.block_size}"
+        folder = self.scratch / f"{config.n_layer}x{config.n_embd}x{config.block_size}x{larger}"
         if not folder.exists():
             torch.manual_seed(0)
-            GPT(config).save_pretrained(folder, bos_token_id=50256, eos_token_id=50256)
+            model = GPT(config)
+            with torch.no_grad():
+                for block in model.transformer.h:
+                    for parameter in block.parameters():
+                        parameter.mul_(larger if parameter.dim() == 2 else 1)
+            model.save_pretrained(folder, bos_token_id=50256, eos_token_id=50256)
             save_tokenizer(get_encoding("gpt2"), folder)
         return str(folder)
 
@@ -197,7 +202,8 @@ def run_case(case: Case, rounds: int) -> dict:
         for contender in sound:
             difference = case.difference(contender.output, sound[0].output)
             if not np.all(difference <= case.tolerance):  # NaN is a difference too
-                contender.facts["fault"] = f"outputs differ from those of {sound[0].name} by {difference}, more than {case.tolerance}"
+                contender.facts["fault"] = f"outputs differ from those of {sound[0].name} by up to {difference.max():.2g}, more than {case.tolerance}"
+        others = busy_cores()
         for _ in range(rounds):
             for contender in contenders:
                 contender.round()
@@ -212,7 +218,20 @@ def run_case(case: Case, rounds: int) -> dict:
             row["rate"] = case.amount / row["seconds"][0]
             row["ratio"] = None if first.facts["fault"] else spread([own / base for own, base in zip(contender.seconds, first.seconds)])
     remark = case.remark({name: row["rate"] for name, row in rows.items() if not row["fault"]})
-    return {"title": case.title, "unit": case.unit, "amount": case.amount, "rounds": rounds, "rows": rows, "remark": remark}
+    return {"title": case.title, "unit": case.unit, "amount": case.amount, "rounds": rounds, "busy_cores": others, "rows": rows, "remark": remark}
+
+
+def busy_cores() -> float | None:
+    """Cores in use over a second in which we do nothing: how much other processes disturb the measurement (Linux)."""
+    def used() -> int:
+        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+        return user + nice + system + irq + softirq
+
+    if not Path("/proc/stat").exists():
+        return None
+    before = used()
+    time.sleep(1)
+    return (used() - before) / os.sysconf("SC_CLK_TCK")
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -222,7 +241,8 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 def table(result: dict) -> str:
     """A case in Markdown."""
-    lines = [f"### {result['title']}, {result['rounds']} rounds", "",
+    busy = "" if result["busy_cores"] is None else f", {result['busy_cores']:.1f} cores busy with other work"
+    lines = [f"### {result['title']}, {result['rounds']} rounds{busy}", "",
              f"| | {result['unit']}/s | seconds a round (min–max) | ratio (min–max) | peak GB | start s |", "|---|---|---|---|---|---|"]
     for name, row in result["rows"].items():
         if row["fault"]:
@@ -328,12 +348,12 @@ def train(setting: Setting) -> Iterator[Case]:
 
 # ---------------------------------------------------------------------------------------------------- sample
 
-def sample_ours(setting: Setting, B: int, prompt: int, new: int, faster: bool) -> Ready:
+def sample_ours(setting: Setting, folder: str, B: int, prompt: int, new: int, faster: bool) -> Ready:
     """faster: the preparation that sample.py makes for long texts."""
     from sample import generate, pack_linears
 
     rt = setting.runtime(ours=True)
-    model, idx = GPT.from_pretrained(setting.weights()).to(rt.device, rt.dtype), random_tokens(B, prompt).to(rt.device)
+    model, idx = GPT.from_pretrained(folder).to(rt.device, rt.dtype), random_tokens(B, prompt).to(rt.device)
     if faster and setting.device == "cpu":
         pack_linears(model, B)
     compiled = faster and setting.device == "cuda"
@@ -344,11 +364,11 @@ def sample_ours(setting: Setting, B: int, prompt: int, new: int, faster: bool) -
     return Ready([work()[:4].cpu().numpy() for _ in range(2)][-1], work)
 
 
-def sample_transformers(setting: Setting, B: int, prompt: int, new: int, compiled: bool) -> Ready:
+def sample_transformers(setting: Setting, folder: str, B: int, prompt: int, new: int, compiled: bool) -> Ready:
     from transformers import CompileConfig, GPT2LMHeadModel
 
     rt = setting.runtime()
-    model, idx = GPT2LMHeadModel.from_pretrained(setting.weights(), dtype=rt.dtype).to(rt.device).eval(), random_tokens(B, prompt).to(rt.device)
+    model, idx = GPT2LMHeadModel.from_pretrained(folder, dtype=rt.dtype).to(rt.device).eval(), random_tokens(B, prompt).to(rt.device)
     model.generation_config.eos_token_id, options = None, {}
     if compiled:  # its own way: a static cache, and torch.compile for the one-token step
         compile_config = CompileConfig(mode="reduce-overhead" if setting.device == "cuda" else "default")
@@ -361,24 +381,26 @@ def sample_transformers(setting: Setting, B: int, prompt: int, new: int, compile
     return Ready([work()[:4].cpu().numpy() for _ in range(2)][-1], work)
 
 
-def read_weights(setting: Setting, new: int) -> Ready:
+def read_weights(setting: Setting, folder: str, new: int) -> Ready:
     """The bound of decoding at batch 1: all weights are read once a token."""
     rt = setting.runtime()
-    size = sum(p.numel() for p in GPT.from_pretrained(setting.weights()).parameters()) * rt.dtype.itemsize
+    size = sum(p.numel() for p in GPT.from_pretrained(folder).parameters()) * rt.dtype.itemsize
     buffer = torch.ones(size // 4, device=rt.device)
     return Ready(np.zeros((0, 0)), lambda: [buffer.sum() for _ in range(new)])
 
 
 def sample(setting: Setting) -> Iterator[Case]:
-    reference = GPT.from_pretrained(setting.weights())
+    # As initialised, a tied head likes the last token best whatever came before: larger weights make the text depend on it.
+    folder = setting.weights(larger=setting.size(4, 8))
+    reference = GPT.from_pretrained(folder)
     for B in (1, 256) if setting.device == "cuda" else (1, 4):
         prompt, new = setting.size(32, 8), setting.size(256 if setting.device == "cuda" else 64, 8)
-        run = (setting, B, prompt, new)
+        run = (setting, folder, B, prompt, new)
         faster = "compiled" if setting.device == "cuda" else "weights packed"
         contenders = {f"PyGPT2, {faster}": (sample_ours, *run, True), "PyGPT2": (sample_ours, *run, False),
                       "transformers": (sample_transformers, *run, False), "transformers, compiled, static cache": (sample_transformers, *run, True)}
         if B == 1:
-            contenders["bound: reading the weights once a token"] = (read_weights, setting, new)
+            contenders["bound: reading the weights once a token"] = (read_weights, setting, folder, new)
 
         @torch.no_grad()
         def regret(own: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -391,7 +413,7 @@ def sample(setting: Setting) -> Iterator[Case]:
             return (logits.amax(-1) - logits.gather(-1, rows[:, prompt:, None])[..., 0]).amax(1).numpy()
 
         yield Case(f"sample 124M, batch {B}, prompt {prompt}, {new} new tokens, greedy, {setting.dtype} weights", "tok", B * new, contenders,
-                   tolerance=0.05 if setting.dtype == "bfloat16" else 1e-3, difference=regret, together=setting.device == "cuda")
+                   tolerance=0.1 if setting.dtype == "bfloat16" else 1e-3, difference=regret, together=setting.device == "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------- hellaswag
@@ -474,7 +496,8 @@ def score_harness(setting: Setting, n: int) -> Ready:
 
 
 def hellaswag(setting: Setting) -> Iterator[Case]:
-    tolerance = 0.5 if setting.dtype == "bfloat16" else 2e-3  # of sums over an ending, about -320 with random weights
+    # Of sums over an ending, about -320 with random weights; in bfloat16 the harness rounds and sums in bfloat16, off by 1.
+    tolerance = 3.0 if setting.dtype == "bfloat16" else 2e-3
     setting.weights()
     peers = {"one item at a time, as build-nanogpt does": score_plain, "lm-evaluation-harness": score_harness}
     for n, others in [(10_042, {}), (500, peers)] if setting.device == "cuda" else [(setting.size(40, 4), peers)]:
@@ -523,6 +546,8 @@ def encode_document(text: str) -> np.ndarray:
 
 def prepare_plain(file: Path, workers: int, shard_tokens: int) -> Ready:
     """build-nanogpt's scheme: a pool, one document per task, lists of Python integers, shards as .npy."""
+    get_encoding("gpt2")  # once, before the pool forks
+
     def work() -> list[np.ndarray]:
         with tempfile.TemporaryDirectory(dir=file.parent) as out, multiprocessing.get_context("fork").Pool(workers) as pool:
             shard, fill, done = np.empty(shard_tokens, dtype=np.uint16), 0, []
