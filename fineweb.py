@@ -30,7 +30,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,48 +347,51 @@ def tokenised(pool: Executor, batches: Iterable[Batch], encoding_name: str, ahea
 # ---------------------------------------------------------------------------------------------------- writing
 
 class Writer:
-    """Cuts the stream of tokens into shards, and commits each with the position of the source after its last token."""
+    """Cuts the stream of tokens into shards, and commits each with the position of the source after its last token.
 
-    def __init__(self, folder: Path, corpus: str, settings: dict, eot_token: int):
-        self.folder, self.corpus, self.settings, self.eot_token = folder, corpus, settings, eot_token
-        self.shard_tokens = settings["shard_tokens"]
+    While one half of the buffer is on its way to disk, in `background`, the other is filled. The first two shards are
+    committed together: a corpus that ends before them is divided in another way.
+    """
+
+    def __init__(self, folder: Path, corpus: str, settings: dict, eot_token: int, background: Executor):
+        self.folder, self.corpus, self.settings, self.eot_token, self.background = folder, corpus, settings, eot_token, background
         partial = resume(folder, settings)
         self.shards, self.position = partial["shards"], partial["position"]
-        self.committed = sum(shard["tokens"] for shard in self.shards)
-        # The first two shards are committed together: a corpus that ends before them is divided in another way.
-        self.buffer, self.fill = np.empty(2 * self.shard_tokens, dtype=np.uint16), 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.committed + self.fill
+        self.num_tokens = sum(shard["tokens"] for shard in self.shards)
+        self.buffer = np.empty((2, settings["shard_tokens"]), dtype=np.uint16)
+        self.half, self.fill = 0, 0
+        self.filling = self.buffer[:1] if self.shards else self.buffer
+        self.commit = background.submit(int)  # the one under way; at first none
 
     def add(self, new: np.ndarray, before: dict, skip: int) -> None:
         """Append new[skip:], where `before` is the position at the start of `new`."""
         while skip < len(new):
-            target = self.shard_tokens if self.shards else 2 * self.shard_tokens
-            n = min(len(new) - skip, target - self.fill)
-            self.buffer[self.fill:self.fill + n] = new[skip:skip + n]
-            self.fill, skip = self.fill + n, skip + n
-            if self.fill == target:
-                for part in self.buffer[:target].reshape(-1, self.shard_tokens):
-                    self.write(part)
-                self.fill = 0
-                tokens.write_manifest(self.folder, self.settings | {"shards": self.shards, "position": before | {"skip": skip}}, partial=True)
+            room = self.filling.reshape(-1)[self.fill:]
+            n = min(len(new) - skip, len(room))
+            room[:n] = new[skip:skip + n]
+            self.fill, skip, self.num_tokens = self.fill + n, skip + n, self.num_tokens + n
+            if n == len(room):
+                self.commit.result()
+                self.commit = self.background.submit(self.write, self.filling, before | {"skip": skip})
+                if len(self.filling) == 2:
+                    self.commit.result()
+                self.half, self.fill = 1 - self.half, 0
+                self.filling = self.buffer[self.half:self.half + 1]
 
-    def write(self, part: np.ndarray) -> None:
-        split = "train" if self.shards else "val"
-        self.shards.append(tokens.write_shard(self.folder / f"{self.corpus}_{split}_{len(self.shards):06d}.bin", part))
-        self.committed += len(part)
+    def write(self, parts: Iterable[np.ndarray], position: dict | None = None) -> None:
+        """Write these shards; with their position they are committed, the last ones of a corpus are by its manifest."""
+        for part in parts:
+            split = "train" if self.shards else "val"
+            self.shards.append(tokens.write_shard(self.folder / f"{self.corpus}_{split}_{len(self.shards):06d}.bin", part))
+        if position:
+            tokens.write_manifest(self.folder, self.settings | {"shards": self.shards, "position": position}, partial=True)
 
     def finish(self, summary: dict) -> None:
         """Write what is left, and the manifest."""
-        rest, self.fill = self.buffer[:self.fill], 0
-        if not self.shards:
-            cut = validation_cut(rest, self.eot_token)
-            self.write(rest[cut:])
-            rest = rest[:cut]
-        if len(rest):
-            self.write(rest)
+        self.commit.result()
+        rest = self.filling.reshape(-1)[:self.fill]
+        cut = len(rest) if self.shards else validation_cut(rest, self.eot_token)
+        self.write(part for part in (rest[cut:], rest[:cut]) if len(part))
         tokens.write_manifest(self.folder, self.settings | summary | {"shards": self.shards})
 
 
@@ -505,10 +508,10 @@ def prepare(config: PrepareConfig, say: Callable = print) -> Path:
 def write(config: PrepareConfig, settings: dict, files: list[str], say: Callable) -> None:
     """Read, tokenise and write; the one path that every corpus takes."""
     workers = config.workers or multiprocessing.cpu_count()
-    with worker_pool(workers, config.tokenizer) as pool:
+    with worker_pool(workers, config.tokenizer) as pool, ThreadPoolExecutor(1) as background:
         if not files:
             settings["revision"] = hub_info(config, config.dataset, say).sha
-        writer = Writer(config.folder, config.corpus, settings, tokens.get_encoding(config.tokenizer).eot_token)
+        writer = Writer(config.folder, config.corpus, settings, tokens.get_encoding(config.tokenizer).eot_token, background)
         before = writer.position or {"source": None, "documents": 0, "skipped": {}, "skip": 0}
         skip, documents, skipped = before["skip"], before["documents"], Counter(before["skipped"])
         if writer.shards:

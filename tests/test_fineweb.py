@@ -219,14 +219,19 @@ def start(hub, tmp_path_factory):
             patch.setenv(name, value)
         multiprocessing.forkserver.ensure_running()  # the clients read the environment when they are imported there
 
+    processes = []
+
     def run(*flags, patient: bool = True):
         output = outputs / str(len(list(outputs.iterdir())))
         output.touch()
         process = context.Process(target=command, args=(list(map(str, flags)), output, patient))
         process.start()
         process.lines = lambda: output.read_text().splitlines()
+        processes.append(process)
         return process
-    return run
+    yield run
+    for process in processes:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
