@@ -507,7 +507,8 @@ def prepare(config: PrepareConfig, say: Callable = print) -> Path:
 
 def write(config: PrepareConfig, settings: dict, files: list[str], say: Callable) -> None:
     """Read, tokenise and write; the one path that every corpus takes."""
-    workers = config.workers or multiprocessing.cpu_count()
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Slurm gives a job some of the cores
+    workers = config.workers or allowed
     with worker_pool(workers, config.tokenizer) as pool, ThreadPoolExecutor(1) as background:
         if not files:
             settings["revision"] = hub_info(config, config.dataset, say).sha

@@ -73,6 +73,12 @@ def quiet(*lines):
     pass
 
 
+@pytest.fixture(autouse=True)
+def many_tasks(monkeypatch):
+    """Small corpora, yet hundreds of tasks that may end in another order."""
+    monkeypatch.setattr(fineweb, "TASK_BYTES", 5000)
+
+
 @pytest.fixture(scope="module")
 def documents():
     return make_documents(1500)
@@ -103,7 +109,7 @@ def test_shards_equal_the_reference_for_rows_that_datasets_reads(tmp_path, parqu
     assert [name.split("_", 1)[1] for name in names[-1:] + names[:2]] == ["val_000000.bin", "train_000001.bin", "train_000002.bin"]
 
 
-SPAWN = "import multiprocessing; multiprocessing.set_start_method('spawn'); import fineweb; fineweb.main()"
+SPAWN = "import multiprocessing; multiprocessing.set_start_method('spawn'); import fineweb; fineweb.TASK_BYTES = 5000; fineweb.main()"
 
 
 def test_fault_12_workers_and_start_method_change_nothing(tmp_path, parquet):
@@ -497,16 +503,18 @@ def test_faults_51_52_pretokenized_shards_are_fetched_checked_and_never_kept_whe
         tokens.write_shard(folder / f"finewebedu_{split}_{i:06d}.bin", np.random.default_rng(i).integers(0, 50257, 3000, dtype=np.uint16))
     flags = ["--pretokenized", "--max-tokens", 8000, "--out", tmp_path / "o"]
 
-    def page(handler, path):  # a login page of the same length, as captive portals send
-        if "resolve" in path and "train_000001" in path and handler.command == "GET":
-            handler.reply(200, b"<html>".ljust(7024), {"ETag": '"x"', "X-Repo-Commit": "a" * 40})
+    right = (folder / "finewebedu_train_000001.bin").read_bytes()
+    for wrong in (b"<html>".ljust(len(right)), right[:-1] + b"\7"):  # a captive portal's page; a bit flipped on the way
+        def answer(handler, path):
+            if "resolve" not in path or "train_000001" not in path or handler.command != "GET":
+                return False
+            handler.reply(200, wrong, {"ETag": '"x"', "X-Repo-Commit": "a" * 40})
             return True
-        return False
 
-    hub.fault = page
-    code, lines = run(*flags)
-    assert code == 2 and "finewebedu_train_000001.bin" in lines[-1]
-    assert [file.name for file in (tmp_path / "o").glob("*.bin")] == ["finewebedu_val_000000.bin"]
+        hub.fault = answer
+        code, lines = run(*flags)
+        assert code == 2 and "finewebedu_train_000001.bin" in lines[-1]
+        assert [file.name for file in (tmp_path / "o").glob("*.bin")] == ["finewebedu_val_000000.bin"]
     hub.fault = in_turn(fails(429, 1, "/revision/main"), fails(503, 1, "train_000001"), fails(0, 1, "train_000002"))
     hub.requests.clear()
     assert run(*flags)[0] == 0
