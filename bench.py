@@ -114,15 +114,16 @@ def random_tokens(*shape: int) -> torch.Tensor:
     return torch.randint(50257, shape, generator=torch.Generator().manual_seed(1))
 
 
-def contend(pipe, contender: Callable[..., Ready], arguments: tuple) -> None:
-    """A contender's process: set up, then one round whenever asked."""
+def contend(pipe, contender: Callable[..., Ready], arguments: tuple, share: bool) -> None:
+    """A contender's process: set up, then one round whenever asked. share: leave a GPU's memory to the others between rounds."""
     began = time.perf_counter()
     try:
         output, work = contender(*arguments)
         pipe.send({"output": output, "start_seconds": time.perf_counter() - began, "peak_memory": peak_memory()})
         while pipe.recv():
-            if torch.cuda.is_initialized():  # it shares a GPU's memory with the others: once more warm, then give it back
-                work()
+            if torch.cuda.is_initialized():
+                if share:
+                    work()  # takes the memory back, untimed
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
@@ -130,7 +131,7 @@ def contend(pipe, contender: Callable[..., Ready], arguments: tuple) -> None:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             pipe.send({"seconds": time.perf_counter() - began, "peak_memory": peak_memory()})
-            if torch.cuda.is_initialized():
+            if share and torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
     except EOFError:  # the parent has gone
         pass
@@ -154,11 +155,11 @@ def peak_memory() -> int:
 class Contender:
     """The parent's end of a contender."""
 
-    def __init__(self, name: str, function: Callable[..., Ready], *arguments):
+    def __init__(self, name: str, share: bool, function: Callable[..., Ready], *arguments):
         self.name, self.seconds, self.facts = name, [], {"fault": None, "peak_memory": 0}
         context = multiprocessing.get_context("spawn")  # a fresh interpreter, whatever this process holds
         self.pipe, child = context.Pipe()
-        self.process = context.Process(target=contend, args=(child, function, arguments))
+        self.process = context.Process(target=contend, args=(child, function, arguments, share))
         self.process.start()
         child.close()
 
@@ -193,7 +194,7 @@ def run_case(case: Case, rounds: int) -> dict:
     contenders: list[Contender] = []
     try:
         for name, what in case.contenders.items():
-            contenders.append(Contender(name, *what))
+            contenders.append(Contender(name, not case.together, *what))
             if not case.together:
                 contenders[-1].set_up()
         for contender in contenders if case.together else []:
@@ -394,7 +395,7 @@ def sample(setting: Setting) -> Iterator[Case]:
     folder = setting.weights(larger=setting.size(4, 8))
     reference = GPT.from_pretrained(folder)
     for B in (1, 256) if setting.device == "cuda" else (1, 4):
-        prompt, new = setting.size(32, 8), setting.size(256 if setting.device == "cuda" else 64, 8)
+        prompt, new = setting.size(32, 8), setting.size(128 if setting.device == "cuda" else 64, 8)
         run = (setting, folder, B, prompt, new)
         faster = "compiled" if setting.device == "cuda" else "weights packed"
         contenders = {f"PyGPT2, {faster}": (sample_ours, *run, True), "PyGPT2": (sample_ours, *run, False),
@@ -500,7 +501,7 @@ def hellaswag(setting: Setting) -> Iterator[Case]:
     tolerance = 3.0 if setting.dtype == "bfloat16" else 2e-3
     setting.weights()
     peers = {"one item at a time, as build-nanogpt does": score_plain, "lm-evaluation-harness": score_harness}
-    for n, others in [(10_042, {}), (500, peers)] if setting.device == "cuda" else [(setting.size(40, 4), peers)]:
+    for n, others in [(10_042, {}), (300, peers)] if setting.device == "cuda" else [(setting.size(40, 4), peers)]:
         yield Case(f"hellaswag 124M, {n:,} {find_items(1)[1]} items, {setting.dtype}", "items", n,
                    {name: (score, setting, n) for name, score in ({"PyGPT2": score_ours} | others).items()}, tolerance, together=setting.device == "cuda")
 
@@ -610,6 +611,8 @@ def load(setting: Setting) -> Iterator[Case]:
     folder = setting.weights()
     yield Case("load 124M, float32 on the CPU, a fresh process with its imports", "loads", 1,
                {name: (fresh_process, ["-c", code, folder], SHOW_LOGITS) for name, code in LOAD.items()}, tolerance=1e-4)
+    if setting.device == "cuda":  # start-up is the CPU's
+        return
     scripts = ("train_gpt2.py", "sample.py", "hellaswag.py", "fineweb.py")
     commands = {"import torch": ["-c", "import torch"]} | {f"{script} --help": [script, "--help"] for script in scripts}
     yield Case("start-up beside torch alone, a fresh process", "starts", 1, {name: (fresh_process, command) for name, command in commands.items()})
@@ -623,15 +626,16 @@ SUBJECTS = {"train": train, "sample": sample, "hellaswag": hellaswag, "data": da
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject", choices=[*SUBJECTS, "all"])
-    parser.add_argument("--rounds", type=int, default=5, help="times that each contender works (5)")
+    parser.add_argument("--rounds", type=int, help="times that each contender works (5; on CUDA 3)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of matrix products; auto: bfloat16 where the hardware has it")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--tiny", action="store_true", help="the sizes of the tests: does it run?")
     args = parser.parse_args()
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}", expected="1 or more", remedy="5 is a good start")
     device = runtime.choose_device(args.device)
+    rounds = args.rounds if args.rounds is not None else 3 if device.type == "cuda" else 5
+    if rounds < 1:
+        raise UserError(f"--rounds {rounds}", expected="1 or more", remedy="5 is a good start")
     dtype = str(runtime.choose_dtype(args.dtype, device)).removeprefix("torch.")
     now, here, results = datetime.now(timezone.utc), machine(device.type), []
     heading = (f"`{' '.join(['python', *sys.argv])}`, {now:%Y-%m-%d %H:%M} UTC, {here['gpu'] or here['cpu']}, {here['threads']} threads, "
@@ -644,7 +648,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in SUBJECTS if args.subject == "all" else [args.subject]:
             for case in SUBJECTS[name](Setting(device.type, dtype, Path(scratch), args.tiny)):
-                results.append({"subject": name} | run_case(case, args.rounds))
+                results.append({"subject": name} | run_case(case, rounds))
                 print(table(results[-1]), flush=True)
                 if file:  # after each case: what is measured stays, whatever comes
                     file.write_text(json.dumps({"command": sys.argv, "date": now.isoformat(), "dtype": dtype, "machine": here, "results": results}, indent=2))
