@@ -112,9 +112,9 @@ class TrainConfig:
 # Learning rates, batches and warm-up of GPT-2's sizes: GPT-3 paper, table 2.1 and appendix B; 10B tokens each.
 RECIPES = {
     "first-run": TrainConfig(
-        recipe="first-run", data=FIRST_RUN, tokenizer="bytes", n_layer=4, n_head=4, n_embd=256, seq_len=256,
-        max_steps=600, total_batch_tokens=8192, micro_batch=32, learning_rate=2e-3, min_lr=2e-4, warmup_steps=50,
-        eval_every=100, eval_tokens=131_072, hellaswag_every=0, sample_every=200, save_every=200, compile=False),
+        recipe="first-run", data=FIRST_RUN, tokenizer="bytes", n_layer=4, n_head=4, n_embd=128, seq_len=128,
+        max_steps=4_200, total_batch_tokens=1024, micro_batch=8, learning_rate=4e-3, min_lr=1e-4, warmup_steps=200,
+        eval_every=600, eval_tokens=131_072, hellaswag_every=0, sample_every=2100, save_every=2100, compile=False),
     "gpt2": TrainConfig(),
     "gpt2-medium": TrainConfig(recipe="gpt2-medium", n_layer=24, n_head=16, n_embd=1024, micro_batch=8, learning_rate=3e-4, min_lr=3e-5),
     "gpt2-large": TrainConfig(recipe="gpt2-large", n_layer=36, n_head=20, n_embd=1280, micro_batch=2, learning_rate=2.5e-4, min_lr=2.5e-5),
@@ -514,9 +514,10 @@ def main(args: list[str] | None = None) -> None:
                f"run directory  {run.folder}" + (f", continuing after step {run.start_step}" if run.resumed else ""), "")
         train(run)
     reached = f", validation loss {run.last['val_loss']:.4f} nats per token, {run.last['bits_per_byte']:.4f} bits per byte" if run.last else ""
+    rate = f" --learning-rate {config.learning_rate / 4:g}" if config.recipe == "first-run" else ""  # a small model takes, and needs, a larger one
     rt.say("", f"Done: {run.elapsed:,.0f} s of training{reached}.", f"Saved in {run.folder}/: checkpoints, log.jsonl, curves.png. Next:",
            f"  python sample.py --model {run.folder} --num-samples 3",
-           f"  python train_gpt2.py --init-from {run.folder} --data input.txt",
+           f"  python train_gpt2.py --init-from {run.folder} --data input.txt{rate}",
            f"  python hellaswag.py --model {run.folder}")
 
 
