@@ -122,8 +122,8 @@ RECIPES = {
         recipe="gpt2-xl", n_layer=48, n_head=25, n_embd=1600, micro_batch=4, learning_rate=2e-4, min_lr=2e-5,
         max_steps=9_536, total_batch_tokens=1_048_576, warmup_steps=358),
     "finetune": TrainConfig(
-        recipe="finetune", data="", max_steps=200, total_batch_tokens=16_384, micro_batch=4, learning_rate=3e-5, min_lr=1.5e-5,
-        warmup_steps=10, dropout=0.1, eval_every=20, eval_tokens=131_072, hellaswag_every=0, sample_every=100, save_every=20,
+        recipe="finetune", data="", max_steps=100, total_batch_tokens=8192, micro_batch=4, learning_rate=3e-5, min_lr=1.5e-5,
+        warmup_steps=10, dropout=0.1, eval_every=10, eval_tokens=131_072, hellaswag_every=0, sample_every=50, save_every=10,
         keep=1, keep_best=True, compile=False),
 }
 
