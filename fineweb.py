@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -24,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sysconfig
 import threading
 import time
@@ -39,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 import tokens
-from runtime import UserError, parse_flags, run_script
+from runtime import UserError, locked, parse_flags, run_script
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same corpus as llm.c shards, from the author of modded-nanogpt
@@ -402,23 +400,6 @@ def validation_cut(stream: np.ndarray, eot_token: int) -> int:
     return int(starts[1 + np.abs(starts[1:] - cut).argmin()]) if len(starts) >= 10 else cut
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Refuse a second process on the same folder, naming the first. The system frees the lock however a process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as f:
-        try:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the two kinds the one that workers do not inherit
-        except BlockingIOError:
-            f.seek(0)
-            raise UserError(f"{folder}: being prepared by {f.read() or 'another process'}", expected="one process at a time",
-                            remedy="wait for it, or stop it") from None
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {socket.gethostname()}")
-        f.flush()
-        yield
-
-
 def resume(folder: Path, settings: dict) -> dict:
     """The partial manifest of an interrupted preparation with the same settings, its shards checked; or a fresh one."""
     if (folder / "manifest.partial.json").exists():
@@ -491,7 +472,7 @@ def prepare(config: PrepareConfig, say: Callable = print) -> Path:
     encoding = tokens.get_encoding(config.tokenizer)
     settings = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "source": source, "revision": None,
                 "shard_tokens": config.shard_tokens, "max_tokens": config.max_tokens}
-    with lock(folder):
+    with locked(folder):
         if (folder / "manifest.json").exists():
             manifest = tokens.read_manifest(folder)
             pinned = manifest["revision"] if config.revision == "main" or files else config.revision

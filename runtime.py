@@ -7,6 +7,7 @@ place that turns it, an `OSError` or a signal into an exit code (0; 2 bad input;
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import os
 import signal
 import socket
@@ -19,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -91,16 +91,20 @@ def parse_flags(config_class: type[T], default: T, description: str, args: list[
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; refuse, naming the holder, while another process holds it."""
+    """Hold `folder` for this process alone; refuse, naming the holder, while another process has it. The system frees
+    the lock however a process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    owner = folder / ".owner"  # beside the lock, which its library truncates
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-            yield
-    except Timeout:
-        holder = owner.read_text().strip() if owner.exists() else "another process"
-        raise UserError(f"{folder}: in use by {holder}", expected="one writer at a time", remedy="wait for it, stop it, or choose another directory") from None
+    with open(folder / ".lock", "a+") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the two kinds the one that worker processes do not inherit
+        except BlockingIOError:
+            f.seek(0)
+            raise UserError(f"{folder}: in use by {f.read() or 'another process'}", expected="one writer at a time",
+                            remedy="wait for it, stop it, or choose another directory") from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        yield
 
 
 class StopRequest:

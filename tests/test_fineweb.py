@@ -319,7 +319,7 @@ def test_lock_names_the_first_process_and_workers_die_with_it(tmp_path, start, l
     os.kill(process.pid, signal.SIGSTOP)
     second = start(*flags, "--out", tmp_path / "o")
     second.join()
-    assert second.exitcode == 2 and f"being prepared by process {process.pid} on " in second.lines()[-1]
+    assert second.exitcode == 2 and f"in use by process {process.pid} on " in second.lines()[-1]
     process.kill()
     process.join()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
