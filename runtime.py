@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import datetime
 import fcntl
+import functools
 import os
 import signal
 import socket
@@ -31,6 +32,11 @@ class UserError(Exception):
 
     def __init__(self, found: str, *, expected: str, remedy: str):
         super().__init__(f"{found}; expected {expected}; {remedy}")
+        self._parts = found, expected, remedy
+
+    def __reduce__(self):  # exceptions with keyword arguments do not survive the way back from a worker process by themselves
+        found, expected, remedy = self._parts
+        return functools.partial(UserError, expected=expected, remedy=remedy), (found,)
 
 
 class Stopped(Exception):

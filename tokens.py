@@ -28,7 +28,7 @@ SUFFIXES = (".bin", ".npy", ".ds")  # of token files: llm.c and ours, build-nano
 
 # ---------------------------------------------------------------------------------------------------- encodings
 
-ENCODINGS = ("gpt2", "bytes")
+ENCODINGS = {"gpt2": 50257, "bytes": 257}  # and the size of their vocabularies, <|endoftext|> included
 
 
 @functools.cache
@@ -270,7 +270,7 @@ def open_data(folder: str | os.PathLike) -> TokenData:
     if not train:
         raise UserError(f"{folder}: {len(files)} token shards", expected="at least one for training and one for validation",
                         remedy="prepare the data with fineweb.py")
-    vocab_size = get_encoding(encoding).n_vocab
+    vocab_size = ENCODINGS[encoding]
     return TokenData(encoding, TokenArray(train, vocab_size), TokenArray(val, vocab_size), fingerprint)
 
 

@@ -279,7 +279,7 @@ def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
 def build_model(config: TrainConfig, data: TokenData, rt: Runtime, resumed: Path | None) -> GPT:
     """The model on its device, in training mode: from a checkpoint, from --init-from, or fresh."""
     torch.manual_seed(config.seed)
-    vocab_size = get_encoding(data.encoding).n_vocab
+    vocab_size = ENCODINGS[data.encoding]
     if not (resumed or config.init_from):
         return GPT(GPTConfig(config.n_layer, config.n_head, config.n_embd, config.seq_len, vocab_size, config.dropout)).to(rt.device)
     model, _, picked = checkpoint.load_model(str(resumed or config.init_from), rt.say, config.dropout)
@@ -501,7 +501,7 @@ def main(args: list[str] | None = None) -> None:
         return eval_only(config, rt)
     check_batch(config, rt.world_size)
     if config.dry_run:
-        vocab_size = get_encoding(open_data(config.data).encoding if Path(config.data).is_dir() else config.tokenizer).n_vocab
+        vocab_size = ENCODINGS[open_data(config.data).encoding if Path(config.data).is_dir() else config.tokenizer]
         model_config = GPTConfig(config.n_layer, config.n_head, config.n_embd, config.seq_len, vocab_size, config.dropout)
         return rt.say(*plan(model_config, rt, config.max_steps, config.total_batch_tokens, config.micro_batch),
                       *plan_time(model_config, rt, config.max_steps, config.total_batch_tokens))

@@ -114,7 +114,8 @@ def test_a_checkpoint_has_the_planned_size(tmp_path):
 def test_dry_run_prints_the_plan_and_leaves_no_trace(dtype, width, fused, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "matmul_speed", lambda rt: 1e12)
-    main(["--dry-run", "--device", "cpu", "--recipe", "first-run", "--micro-batch", "8", "--dtype", dtype])
+    main(["--dry-run", "--device", "cpu", "--recipe", "first-run", "--n-embd", "256", "--seq-len", "256", "--max-steps", "600",
+          "--total-batch-tokens", "8192", "--micro-batch", "8", "--dtype", dtype])
     out = capsys.readouterr().out
     config = GPTConfig(4, 4, 256, 256, 257)
     seconds = 600 * 8192 * flops_per_token(config) / 0.4e12
