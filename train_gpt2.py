@@ -33,7 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import fineweb
 import hellaswag
-from model import GPT, SIZES, GPTConfig, NextTokenLoss
+from model import GPT, GPTConfig, NextTokenLoss
 from plan import flops_per_token, plan, plan_time
 from plot import draw_curves
 from runtime import Runtime, Stopped, StopRequest, UserError, locked, parse_flags, peak_flops, run_script, start

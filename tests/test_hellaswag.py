@@ -28,15 +28,6 @@ CPU = Runtime(0, 1, torch.device("cpu"), torch.float32)
 WORDS = "the a man woman dog quickly runs jumps over under water roof it's 12 Élan, naïve and then slowly paints wall. She [header] he".split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small lose more to the threads' meeting than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_items(n: int, longest: int = 40) -> list[Item]:
     """Items in the official schema, WikiHow's brackets and odd spaces included."""
     rng = np.random.default_rng(0)

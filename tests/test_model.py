@@ -16,15 +16,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small spend their time waiting at thread barriers, the more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_model(config: GPTConfig) -> GPT:
     """Every parameter random, so that a bias or a norm left out would show."""
     model = GPT(config).eval()

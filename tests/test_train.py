@@ -23,7 +23,7 @@ import train_gpt2
 from model import GPT, GPTConfig, NextTokenLoss
 from runtime import run_script, start
 from tokens import get_encoding, open_data, token_bytes, write_shard
-from train_gpt2 import RECIPES, TrainConfig, evaluate, flops_per_token, learning_rate, main, make_optimizer, step_batch, train_step
+from train_gpt2 import RECIPES, evaluate, flops_per_token, learning_rate, main, make_optimizer, step_batch, train_step
 
 TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--seq-len", "32", "--total-batch-tokens", "512", "--micro-batch", "4",
         "--max-steps", "20", "--warmup-steps", "2", "--eval-every", "10", "--eval-tokens", "1000", "--sample-every", "0", "--save-every", "10",
