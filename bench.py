@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -116,6 +117,7 @@ def random_tokens(*shape: int) -> torch.Tensor:
 
 def contend(pipe, contender: Callable[..., Ready], arguments: tuple, share: bool) -> None:
     """A contender's process: set up, then one round whenever asked. share: leave a GPU's memory to the others between rounds."""
+    multiprocessing.set_start_method(None, force=True)  # the system's own, as in our scripts, and not what this process was started by
     began = time.perf_counter()
     try:
         output, work = contender(*arguments)
@@ -509,35 +511,43 @@ def hellaswag(setting: Setting) -> Iterator[Case]:
 # ---------------------------------------------------------------------------------------------------- data
 
 def make_corpus(file: Path, size: int) -> int:
-    """JSON lines of about `size` bytes of text in documents of up to 5 kB, FineWeb-Edu's mean: the Python sources installed here."""
-    paths, total = sysconfig.get_paths(), 0
+    """A parquet file of about `size` bytes of text in documents of up to 5 kB, FineWeb-Edu's mean: the Python sources installed here."""
+    import pyarrow
+    import pyarrow.parquet
+
+    paths, total, documents = sysconfig.get_paths(), 0, []
     sources = (source for kind in ("stdlib", "purelib") for source in sorted(Path(paths[kind]).rglob("*.py")))
-    with open(file, "w") as f:
-        while total < size and (source := next(sources, None)):
-            text = source.read_text(errors="replace")
-            f.writelines(json.dumps({"text": text[start:start + 5000]}) + "\n" for start in range(0, len(text), 5000))
-            total += len(text.encode(errors="replace"))
+    while total < size and (source := next(sources, None)):
+        text = source.read_text(errors="replace")
+        documents += [text[start:start + 5000] for start in range(0, len(text), 5000)]
+        total += len(text.encode(errors="replace"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), file, row_group_size=1000)  # as in FineWeb-Edu
     return total
 
 
 def read_corpus(file: Path) -> Iterator[str]:
-    with open(file) as f:
-        yield from (json.loads(line)["text"] for line in f)
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000, columns=["text"]):
+        yield from batch.column(0).to_pylist()
 
 
-def digest(parts: list[np.ndarray]) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(np.concatenate(parts).astype("<u2").tobytes()).digest(), dtype=np.uint8).astype(int)
+def digest(parts: Iterable[np.ndarray]) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(np.concatenate(list(parts)).astype("<u2").tobytes()).digest(), dtype=np.uint8).astype(int)
 
 
 def prepare_ours(file: Path, workers: int, shard_tokens: int) -> Ready:
     import fineweb
 
-    def work() -> list[np.ndarray]:
-        with tempfile.TemporaryDirectory(dir=file.parent) as out:
-            fineweb.prepare(fineweb.PrepareConfig(input=(str(file),), out=out, workers=workers, shard_tokens=shard_tokens), say=lambda *lines: None)
-            return [np.fromfile(shard, "<u2", offset=HEADER_BYTES) for shard in sorted(Path(out).glob("*.bin"), key=lambda shard: shard.stem[-6:])]
+    runtime.keep_freed_memory()
+    out = file.parent / "ours"
 
-    return Ready(digest(work()), work)
+    def work() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        fineweb.prepare(fineweb.PrepareConfig(input=(str(file),), out=str(out), workers=workers, shard_tokens=shard_tokens), say=lambda *lines: None)
+
+    work()
+    return Ready(digest(np.fromfile(shard, "<u2", offset=HEADER_BYTES) for shard in sorted(out.glob("*.bin"), key=lambda shard: shard.stem[-6:])), work)
 
 
 def encode_document(text: str) -> np.ndarray:
@@ -547,26 +557,31 @@ def encode_document(text: str) -> np.ndarray:
 
 def prepare_plain(file: Path, workers: int, shard_tokens: int) -> Ready:
     """build-nanogpt's scheme: a pool, one document per task, lists of Python integers, shards as .npy."""
+    runtime.keep_freed_memory()
     get_encoding("gpt2")  # once, before the pool forks
+    out = file.parent / "plain"
 
-    def work() -> list[np.ndarray]:
-        with tempfile.TemporaryDirectory(dir=file.parent) as out, multiprocessing.get_context("fork").Pool(workers) as pool:
-            shard, fill, done = np.empty(shard_tokens, dtype=np.uint16), 0, []
+    def work() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            shard, fill, done = np.empty(shard_tokens, dtype=np.uint16), 0, 0
             for tokens in pool.imap(encode_document, read_corpus(file), chunksize=16):
                 while fill + len(tokens) >= shard_tokens:
                     n = shard_tokens - fill
                     shard[fill:], tokens, fill = tokens[:n], tokens[n:], 0
-                    np.save(f"{out}/{len(done)}", shard)
-                    done.append(shard.copy())
+                    np.save(out / f"{done:06d}", shard)
+                    done += 1
                 shard[fill:fill + len(tokens)] = tokens
                 fill += len(tokens)
-            np.save(f"{out}/{len(done)}", shard[:fill])
-            return [*done, shard[:fill]]
+            np.save(out / f"{done:06d}", shard[:fill])
 
-    return Ready(digest(work()), work)
+    work()
+    return Ready(digest(map(np.load, sorted(out.iterdir()))), work)
 
 
 def tiktoken_alone(file: Path) -> Ready:
+    runtime.keep_freed_memory()
     encoding, documents = get_encoding("gpt2"), list(read_corpus(file))
     eot = np.array([encoding.eot_token], dtype=np.uint32)
 
@@ -577,10 +592,10 @@ def tiktoken_alone(file: Path) -> Ready:
 
 
 def data(setting: Setting) -> Iterator[Case]:
-    file, workers = setting.scratch / "corpus.jsonl", min(8, os.cpu_count())
+    file, workers = setting.scratch / "corpus.parquet", min(8, os.cpu_count())
     megabytes = make_corpus(file, setting.size(100_000_000, 300_000)) / 1e6
     run, alone = (file, workers, setting.size(10_000_000, 20_000)), "tiktoken alone, 1 process"
-    yield Case(f"data, {megabytes:.0f} MB of Python sources, {workers} workers", "MB", megabytes,
+    yield Case(f"data, {megabytes:.0f} MB of Python sources in parquet, {workers} workers", "MB", megabytes,
                {"PyGPT2": (prepare_ours, *run), "one document a task, as build-nanogpt does": (prepare_plain, *run), alone: (tiktoken_alone, file)},
                remark=lambda rates: f"PyGPT2 reaches {rates['PyGPT2'] / rates[alone] / workers:.0%} of workers × tiktoken alone" if {"PyGPT2", alone} <= rates.keys() else "")
 
