@@ -11,7 +11,7 @@ round, against the table's first row: 2 means twice its time. Peers that are not
 
 "peak GB" is the peak memory of a contender's process, its set-up included (on CUDA: of its tensors, in the rounds);
 "start s" is what set-up took: imports, weights, compilation, a first round. Peers get our allocator setting
-(runtime.keep_freed_memory) everywhere but in the rows that say they keep their own.
+(script.keep_freed_memory) everywhere but in the rows that say they keep their own.
 """
 
 import argparse  # not tyro: a machine that is lent for an hour has little installed
@@ -43,7 +43,8 @@ import torch.nn.functional as F
 
 import runtime
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
-from runtime import Runtime, UserError, run_script
+from runtime import Runtime
+from script import UserError, keep_freed_memory, run_script
 from tokens import HEADER_BYTES, get_encoding, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -87,7 +88,7 @@ class Setting:
         if ours:
             return runtime.start(self.device, self.dtype)
         if self.device == "cpu" and keep_memory:
-            runtime.keep_freed_memory()
+            keep_freed_memory()
         if self.device == "cuda":
             torch.set_float32_matmul_precision("high")
         return Runtime(0, 1, torch.device(self.device), getattr(torch, self.dtype))
@@ -539,7 +540,7 @@ def digest(parts: Iterable[np.ndarray]) -> np.ndarray:
 def prepare_ours(file: Path, workers: int, shard_tokens: int) -> Ready:
     import fineweb
 
-    runtime.keep_freed_memory()
+    keep_freed_memory()
     out = file.parent / "ours"
 
     def work() -> None:
@@ -557,7 +558,7 @@ def encode_document(text: str) -> np.ndarray:
 
 def prepare_plain(file: Path, workers: int, shard_tokens: int) -> Ready:
     """build-nanogpt's scheme: a pool, one document per task, lists of Python integers, shards as .npy."""
-    runtime.keep_freed_memory()
+    keep_freed_memory()
     get_encoding("gpt2")  # once, before the pool forks
     out = file.parent / "plain"
 
@@ -581,7 +582,7 @@ def prepare_plain(file: Path, workers: int, shard_tokens: int) -> Ready:
 
 
 def tiktoken_alone(file: Path) -> Ready:
-    runtime.keep_freed_memory()
+    keep_freed_memory()
     encoding, documents = get_encoding("gpt2"), list(read_corpus(file))
     eot = np.array([encoding.eot_token], dtype=np.uint32)
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import GPT
-from runtime import UserError
+from script import UserError
 from tokens import get_encoding, save_tokenizer
 
 SCHEMA = 1  # of state.json; a newer one is refused

@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 import tokens
-from runtime import UserError, keep_freed_memory, locked, parse_flags, run_script
+from script import UserError, keep_freed_memory, locked, parse_flags, run_script
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same corpus as llm.c shards, from the author of modded-nanogpt
@@ -47,7 +47,7 @@ RETRIES = 6  # in a row and without progress, after 1, 2, 4 … seconds, on top 
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class Source:
     dataset: str = FINEWEB_EDU  # dataset on the hub
     name: str = "sample-10BT"  # its configuration, for example sample-100BT; '': the dataset's default one
     split: str = "train"  # its split
@@ -55,14 +55,21 @@ class PrepareConfig:
     text_column: str = "text"  # column, or key of a .jsonl line, that holds the text
     input: tuple[str, ...] = ()  # local files or globs instead: .txt and source files, .jsonl[.gz|.zst], .parquet
     split_on: str = ""  # what separates documents inside a text file (\n and \t are understood); '': each file is one document
+    pretokenized: bool = False  # fetch ready-made llm.c shards (kjj0/finewebedu10B-gpt2, or --dataset), whole ones up to --max-tokens
+
+
+@dataclass(frozen=True)
+class Output:
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # encoding
     out: str = ""  # output directory; '': edu_fineweb10B for the default dataset, else data/<corpus>
     shard_tokens: int = 100_000_000  # tokens per shard
     max_tokens: int = 0  # stop after so many tokens; 0: never
     workers: int = 0  # tokenising processes; 0: one per CPU core
-    pretokenized: bool = False  # fetch ready-made llm.c shards (kjj0/finewebedu10B-gpt2, or --dataset), whole ones up to --max-tokens
     verify: str = ""  # check every size, sha256 and token of this data directory, and nothing else
 
+
+@dataclass(frozen=True)
+class PrepareConfig(Output, Source):
     def __post_init__(self):
         for field, least in (("shard_tokens", 1), ("max_tokens", 0), ("workers", 0)):
             if getattr(self, field) < least:

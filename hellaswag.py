@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from model import GPT
-from runtime import Runtime, UserError, choose_dtype, parse_flags, run_script, start
+from runtime import Runtime, choose_dtype, start
+from script import UserError, parse_flags, run_script
 
 DATA = Path("data/hellaswag/hellaswag_val.jsonl")
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"

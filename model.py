@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime import UserError
+from script import UserError
 
 
 @dataclass(frozen=True)

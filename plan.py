@@ -15,7 +15,8 @@ import time
 import torch
 
 from model import LOSS_ROWS, SIZES, GPTConfig
-from runtime import PEAK_FLOPS, Runtime, peak_flops, run_script
+from runtime import PEAK_FLOPS, Runtime, peak_flops
+from script import run_script
 
 ASSUMED_MFU = 0.4  # share of a device's matrix throughput that training reaches; docs/scaling.md compares it with published runs
 

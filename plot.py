@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from runtime import UserError, parse_flags, run_script
+from script import UserError, parse_flags, run_script
 
 # OpenAI's GPT-2 by number of layers: HellaSwag acc_norm, completion style (build-nanogpt for 124M and XL, llm.c for the
 # two between), and the loss of the 124M model on FineWeb-Edu's validation shard (build-nanogpt).

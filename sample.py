@@ -24,7 +24,8 @@ import torch.nn as nn
 
 from checkpoint import load_model
 from model import GPT, KVCache
-from runtime import UserError, parse_flags, run_script, start
+from runtime import start
+from script import UserError, parse_flags, run_script
 
 
 # ---------------------------------------------------------------------------------------------------- one step

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-import torch
 
-from runtime import UserError
+from script import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 END_OF_TEXT = "<|endoftext|>"
@@ -218,10 +217,10 @@ class TokenArray:
         """Windows kT … kT+T that fit."""
         return max(0, (len(self) - 1) // T)
 
-    def windows(self, indices: np.ndarray, T: int) -> torch.Tensor:
+    def windows(self, indices: np.ndarray, T: int) -> np.ndarray:
         """The given windows, int64 (len(indices), T + 1)."""
         rows = [self.read(k * T, k * T + T + 1) for k in map(int, indices)]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        return np.stack(rows).astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------- directories

@@ -36,8 +36,9 @@ import hellaswag
 from model import GPT, GPTConfig, NextTokenLoss
 from plan import flops_per_token, plan, plan_time
 from plot import draw_curves
-from runtime import Runtime, Stopped, StopRequest, UserError, locked, parse_flags, peak_flops, run_script, start
+from runtime import Runtime, peak_flops, start
 from sample import sample_text
+from script import Stopped, StopRequest, UserError, locked, parse_flags, run_script
 from tokens import ENCODINGS, TokenArray, TokenData, get_encoding, open_data, token_bytes, training_windows
 
 FINEWEB_EDU = "edu_fineweb10B"  # where fineweb.py puts the 10B-token sample
@@ -46,21 +47,31 @@ FIRST_RUN = "data/first-run"  # where fineweb.prepare_first_run() puts its corpu
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
+# The flags, in the boxes of --help.
+
 @dataclass(frozen=True)
-class TrainConfig:
+class General:
     recipe: str = "gpt2"  # the complete configuration that the other flags override: first-run, gpt2, gpt2-medium, gpt2-large, gpt2-xl, finetune
     data: str = FINEWEB_EDU  # directory of token shards, or text, jsonl or parquet (a file or a glob), which is prepared once
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # encoding for text that has yet to be prepared; prepared data has its own
     init_from: str = ""  # start from these weights: hub name, run, step or Hugging Face directory; empty: from random ones
     out: str = ""  # run directory; empty: runs/<recipe>, with -2, -3, ... when taken
     resume: bool = False  # continue the run in --out if there is one
+    eval_only: bool = False  # measure validation loss, perplexity and bits per byte of --init-from on --data, and stop
+    dry_run: bool = False  # print the plan and its cost, and stop
 
+
+@dataclass(frozen=True)
+class Model:
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels
-    dropout: float = 0.0  # on embeddings, attention weights and residual branches
     seq_len: int = 1024  # tokens per sequence, the model's context
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches
 
+
+@dataclass(frozen=True)
+class Optimization:
     max_steps: int = 19_073  # updates in all: the end of the run and of its learning-rate schedule
     total_batch_tokens: int = 524_288  # tokens per update, over all ranks and micro-batches
     micro_batch: int = 16  # sequences that go through the model at once on each rank; lower it when memory runs out
@@ -71,6 +82,9 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm; longer gradients are scaled down
     seed: int = 1337  # of weights, data order and dropout
 
+
+@dataclass(frozen=True)
+class Reporting:
     eval_every: int = 250  # updates between validations (intervals: 0 means never)
     eval_tokens: int = 10_485_760  # validation tokens read each time, from the start of the split
     hellaswag_every: int = 1000  # updates between HellaSwag scores
@@ -78,15 +92,18 @@ class TrainConfig:
     save_every: int = 1000  # updates between checkpoints
     keep: int = 2  # newest checkpoints kept
     keep_best: bool = False  # keep the checkpoint of lowest validation loss too, and prefer it when the run is loaded
+    wandb: bool = False  # send the log to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps it here)
 
+
+@dataclass(frozen=True)
+class Machine:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
     compile: bool = True  # torch.compile the training step
-    wandb: bool = False  # send the log to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps it here)
 
-    eval_only: bool = False  # measure validation loss, perplexity and bits per byte of --init-from on --data, and stop
-    dry_run: bool = False  # print the plan and its cost, and stop
 
+@dataclass(frozen=True)
+class TrainConfig(Machine, Reporting, Optimization, Model, General):  # fields are inherited from right to left
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "seq_len", "max_steps", "total_batch_tokens", "micro_batch", "eval_tokens", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -202,7 +219,7 @@ def step_batch(data: TokenArray, config: TrainConfig, step: int, rank: int, worl
     """The windows that `rank` trains on in `step`, int64 (sequences_per_step / W, T + 1): its slice of the global batch."""
     share = config.sequences_per_step // world_size
     first = step * config.sequences_per_step + rank * share
-    return data.windows(training_windows(first, share, data.num_windows(config.seq_len), config.seed), config.seq_len)
+    return torch.from_numpy(data.windows(training_windows(first, share, data.num_windows(config.seq_len), config.seed), config.seq_len))
 
 
 def train_step(loss_fn: torch.nn.Module, optimizer: torch.optim.AdamW, batch: torch.Tensor, config: TrainConfig, rt: Runtime,
@@ -244,7 +261,7 @@ def evaluate(model: GPT, data: TokenArray, config: TrainConfig, rt: Runtime, byt
     budget = min(config.eval_tokens, len(data) - 1)
     full = budget // T
     batches = [np.arange(i, min(i + config.micro_batch, full)) for i in range(0, full, config.micro_batch)]
-    windows = (data.windows(ks, T) for ks in batches[rt.rank::rt.world_size])
+    windows = (torch.from_numpy(data.windows(ks, T)) for ks in batches[rt.rank::rt.world_size])
     if budget % T and rt.is_main:  # the end of a short split, in a row of its own
         windows = itertools.chain(windows, [torch.from_numpy(data.read(full * T, budget + 1).astype(np.int64))[None]])
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import checkpoint
 from model import GPT, GPTConfig, NextTokenLoss
-from runtime import UserError, locked
+from script import UserError, locked
 from tokens import get_encoding
 
 CONFIG = GPTConfig(2, 2, 32, 32, 257)
@@ -128,7 +128,7 @@ def test_a_state_from_the_future_is_refused(run):
 
 
 def test_a_second_process_is_refused_by_name(tmp_path):
-    code = "import sys; from pathlib import Path; from runtime import locked, run_script\n" \
+    code = "import sys; from pathlib import Path; from script import locked, run_script\n" \
            "def main():\n    with locked(Path(sys.argv[1])): pass\nrun_script(main)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with locked(tmp_path):

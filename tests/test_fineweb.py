@@ -27,7 +27,7 @@ import tokens
 from conftest import ROOT
 from fineweb import PrepareConfig, prepare
 from hub import Hub
-from runtime import UserError, run_script
+from script import UserError, run_script
 
 pytestmark = pytest.mark.usefixtures("gpt2_vocabulary")
 END = "<|endoftext|>"
@@ -325,6 +325,11 @@ def test_lock_names_the_first_process_and_workers_die_with_it(tmp_path, start, l
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
+def test_starts_without_torch():
+    """It is slow to import and of no use here; each worker would import it where processes are spawned."""
+    subprocess.run([sys.executable, "-c", "import sys, fineweb; assert 'torch' not in sys.modules"], check=True)
+
+
 @needs_proc
 def test_fault_11_a_killed_worker_ends_the_run_and_does_not_hang_it(tmp_path, start, long_run):
     process = start(*long_run[0][:1], *5 * long_run[0][1:2], *long_run[0][2:], "--out", tmp_path / "o")
@@ -339,7 +344,7 @@ def test_fault_13_a_full_disk_ends_with_its_name_and_the_next_call_goes_on(tmp_p
     """A limit on file size stands in for the disk: manifests fit, shards do not. With room again, it goes on."""
     folder = tmp_path / "o"
     config = PrepareConfig(input=(parquet,), out=str(folder), shard_tokens=5000, workers=2)
-    program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, -1)); import fineweb; from runtime import run_script; " \
+    program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, -1)); import fineweb; from script import run_script; " \
               f"run_script(lambda: fineweb.prepare(fineweb.{config!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr

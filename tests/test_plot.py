@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import plot
-from runtime import UserError
+from script import UserError
 
 
 def write_run(folder: Path, loss: float, hellaswag: bool, data: str = "edu_fineweb10B") -> Path:

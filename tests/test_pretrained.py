@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import GPT, INDEX, GPTConfig
-from runtime import UserError
+from script import UserError
 from tokens import get_encoding, save_tokenizer
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=257)
@@ -283,7 +283,7 @@ LOADER = """
 import hashlib, json, sys, time
 time.sleep = lambda seconds: None  # the client waits between retries
 from model import GPT
-from runtime import UserError
+from script import UserError
 for name in sys.argv[1:]:
     try:
         weights = b"".join(p.detach().numpy().tobytes() for p in GPT.from_pretrained(name).parameters())

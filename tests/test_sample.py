@@ -11,7 +11,7 @@ import torch
 import sample
 from conftest import ROOT
 from model import GPT, GPTConfig
-from runtime import UserError
+from script import UserError
 from sample import SampleConfig, encode_prompt, generate, last_logits, next_token, pack_linears, sample_text, stream_text
 from tokens import get_encoding
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tokens
 from conftest import ROOT
-from runtime import UserError
+from script import UserError
 from tokens import Shard, TokenArray, get_encoding, open_data, token_bytes, training_windows, verify, write_manifest, write_shard
 
 

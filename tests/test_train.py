@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from transformers import GPT2LMHeadModel
 import checkpoint
 import train_gpt2
 from model import GPT, GPTConfig, NextTokenLoss
-from runtime import run_script, start
+from runtime import start
+from script import run_script
 from tokens import get_encoding, open_data, token_bytes, write_shard
 from train_gpt2 import RECIPES, evaluate, flops_per_token, learning_rate, main, make_optimizer, step_batch, train_step
 
@@ -318,3 +320,15 @@ def test_compiled_training_learns_the_same(data, in_tmp):
     assert np.allclose(losses(in_tmp / "eager"), losses(in_tmp / "compiled"), atol=1e-4, rtol=0)
     names = load_file(in_tmp / "compiled/step_000005/model.safetensors").keys()
     assert names == dict(GPT(GPTConfig(2, 2, 32, 32, 257)).named_parameters()).keys()  # no prefix of the wrapper's
+
+
+def test_wandb_works_offline_and_a_resumed_run_stays_the_same_run(data, in_tmp):
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), "--data", str(data), *TINY, "--wandb", "--out", "r"]
+    offline = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    subprocess.run(command, check=True, env=offline, stdout=subprocess.DEVNULL)
+    shutil.rmtree("r/step_000020")
+    subprocess.run([*command, "--resume"], check=True, env=offline, stdout=subprocess.DEVNULL)
+    parts = sorted(Path("r/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(parts) == 2 and len({part.name for part in parts}) == 1  # the file is named after the run's id
+    for part, steps in zip(parts, (20, 10)):
+        assert part.read_bytes().count(b"train/loss") >= steps
