@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, LOSS_ALIGNMENT, LOSS_ROWS, SIZES, TRANSPOSED, GPTConfig, KVCache, LinearCrossEntropy, NextTokenLoss
+from model import GPT, LOSS_ROWS, SIZES, TRANSPOSED, GPTConfig, KVCache, LinearCrossEntropy, NextTokenLoss
 
 SHAPES = [
     GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=257),
@@ -156,7 +156,7 @@ def reference(x, weight, targets):
 @pytest.mark.parametrize("chunk, multiple", [(1024, 1), (7, 1), (1024, 64), (7, 64)])
 def test_chunks_and_padding_change_nothing(monkeypatch, chunk, multiple):
     monkeypatch.setitem(LOSS_ROWS, "cpu", chunk)
-    monkeypatch.setitem(LOSS_ALIGNMENT, "cpu", multiple)
+    monkeypatch.setattr("model.LOSS_ALIGNMENT", multiple)
     x, weight = torch.randn(30, 16, requires_grad=True), torch.randn(257, 16, requires_grad=True)
     targets = torch.randint(257, (30,))
     loss = LinearCrossEntropy.apply(x, weight, targets, True)
