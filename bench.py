@@ -1,6 +1,6 @@
 """Speed side by side with peers: the same weights, inputs and dtype, equal outputs, one interleaved run.
 
-    python bench.py train                  one subject: train, sample, hellaswag, data or load
+    python bench.py train                  one subject: train, growth, sample, hellaswag, data or load
     python bench.py all                    all of them, into bench/<date>/
     python bench.py sample --rounds 9 --dtype float32 --json sample.json
 
@@ -45,7 +45,7 @@ import runtime
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
 from runtime import Runtime
 from script import UserError, keep_freed_memory, run_script
-from tokens import HEADER_BYTES, get_encoding, save_tokenizer
+from tokens import HEADER_BYTES, get_encoding, open_data, save_tokenizer, training_windows, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "lm_eval", "accelerate", "tiktoken", "numpy", "safetensors", "pyarrow")
@@ -276,11 +276,11 @@ def machine(device: str) -> dict:
 LEARNING_RATE = 1e-5  # random tokens are learned by heart; nothing must overflow
 
 
-def train_ours(setting: Setting, folder: str, B: int, T: int, steps: int, compiled: bool) -> Ready:
+def train_ours(setting: Setting, folder: str, B: int, T: int, steps: int, compiled: bool, micro_batch: int) -> Ready:
     from train_gpt2 import TrainConfig, make_optimizer, train_step
 
     rt, model, windows = setting.runtime(ours=True), GPT.from_pretrained(folder).train(), random_tokens(B, T + 1)
-    config = TrainConfig(seq_len=T, micro_batch=B, total_batch_tokens=B * T, learning_rate=LEARNING_RATE)
+    config = TrainConfig(seq_len=T, micro_batch=micro_batch, total_batch_tokens=B * T, learning_rate=LEARNING_RATE)
     loss_fn = NextTokenLoss(model)
     with torch.no_grad():
         exact = loss_fn(windows[:4, :-1], windows[:4, 1:]).item()  # float32, on the CPU
@@ -337,7 +337,7 @@ def train(setting: Setting) -> Iterator[Case]:
         B, T = setting.size(B, 4), setting.size(T, 32)
         run = (setting, setting.weights(config), B, T, steps)
         flops = flops_per_token(GPTConfig(config.n_layer, config.n_head, config.n_embd, T))
-        ours = {"PyGPT2": (train_ours, *run, False), "PyGPT2, compiled": (train_ours, *run, True)}
+        ours = {"PyGPT2": (train_ours, *run, False, B), "PyGPT2, compiled": (train_ours, *run, True, B)}
         # Not all in one run on a CPU: idle contenders keep their memory, and the 124M ones together would want 25 GB.
         groups = [(ours, False), ({"PyGPT2": ours["PyGPT2"]}, True)] if not cuda else [({"PyGPT2, compiled": ours["PyGPT2, compiled"]}, False)]
         for first, keep in groups:
@@ -348,6 +348,44 @@ def train(setting: Setting) -> Iterator[Case]:
             yield Case(f"train {name}, {B}×{T}, {setting.dtype}", "tok", steps * B * T, first | peers,
                        tolerance=np.array([1e-5, 1e-3 if setting.dtype == "bfloat16" else 1e-5]),
                        remark=lambda rates: "MFU: " + ", ".join(f"{row} {rate * flops / peak:.1%}" for row, rate in rates.items()) if peak else "")
+
+
+# ---------------------------------------------------------------------------------------------------- growth
+
+def open_shards(folder: Path, shards: int, windows: int) -> Ready:
+    """Open this many shards of 10,000 tokens, as a run does when it starts, then read windows from all over them."""
+    folder.mkdir()
+    entries = [write_shard(folder / f"corpus_{'train' if i else 'val'}_{i:06d}.bin", np.full(10_000, i % 50257, np.uint16)) for i in range(shards)]
+    write_manifest(folder, {"encoding": "gpt2", "shards": entries})
+
+    def work() -> np.ndarray:
+        train = open_data(folder).train
+        return train.windows(training_windows(0, windows, train.num_windows(1024), seed=0), 1024)
+
+    work()
+    return Ready(np.zeros(1), work)
+
+
+def growth(setting: Setting) -> Iterator[Case]:
+    """Time and memory of our code alone, as one thing grows."""
+    from train_gpt2 import flops_per_token
+
+    T, B = setting.size(256, 32), setting.size(16, 4)
+    one_size = GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=setting.size(2048, 256))
+
+    def run(config: GPTConfig, B: int, T: int, micro_batch: int) -> tuple:
+        return train_ours, setting, setting.weights(config), B, T, 1, False, micro_batch
+
+    yield Case(f"growth with the micro-batch: 6 layers × 384, {B}×{T} tokens a step, {setting.dtype}", "tok", B * T,
+               {f"micro-batch {n}": run(one_size, B, T, n) for n in (1, 2, 4, 8, 16) if n <= B}, tolerance=np.array([1e-5, 1e-2]))
+    yield Case(f"growth with the context: 6 layers × 384, {B * T} tokens a step, {setting.dtype}", "tok", B * T,
+               {f"T = {t}": run(one_size, B * T // t, t, B * T // t) for t in (T // 4, T // 2, T, 2 * T, 4 * T, 8 * T) if t <= B * T}, tolerance=np.inf)
+    sizes = [GPTConfig(4, 4, 128, T), GPTConfig(6, 6, 384, T), GPTConfig(12, 12, 768, T), GPTConfig(24, 16, 1024, T)]
+    names = {f"{c.n_layer} × {c.n_embd}": c for c in sizes}
+    yield Case(f"growth with the model: 4×{T} tokens a step, {setting.dtype}", "tok", 4 * T, {name: run(c, 4, T, 4) for name, c in names.items()}, tolerance=np.inf,
+               remark=lambda rates: "GFLOP/s: " + ", ".join(f"{name} {rate * flops_per_token(names[name]) / 1e9:,.0f}" for name, rate in rates.items()))
+    yield Case("growth with the shards: open them all, read 512 windows of 1,024 tokens", "openings", 1,
+               {f"{n:,} shards": (open_shards, setting.scratch / f"shards{n}", n, 512) for n in (10, 100, 1000, setting.size(10_000, 2000))})
 
 
 # ---------------------------------------------------------------------------------------------------- sample
@@ -636,7 +674,7 @@ def load(setting: Setting) -> Iterator[Case]:
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-SUBJECTS = {"train": train, "sample": sample, "hellaswag": hellaswag, "data": data, "load": load}
+SUBJECTS = {"train": train, "growth": growth, "sample": sample, "hellaswag": hellaswag, "data": data, "load": load}
 
 
 def main() -> None:
