@@ -506,13 +506,14 @@ def score_plain(setting: Setting, n: int) -> Ready:
             end = len(context) + len(ending)
             tokens[k, :end], mask[k, len(context) - 1:end - 1] = torch.tensor(context + ending), 1
         tokens = tokens.to(rt.device)
-        losses = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+        with rt.autocast():  # for each item, as there: the weights are cast anew
+            logits = model(tokens)
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
         return -(losses * mask.to(rt.device)).sum(1).cpu().numpy()
 
     @torch.no_grad()
     def work() -> np.ndarray:
-        with rt.autocast():  # around all, so that weights are cast once
-            return np.stack([score(item) for item in items])
+        return np.stack([score(item) for item in items])
 
     return Ready(work(), work)
 

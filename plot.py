@@ -46,7 +46,7 @@ def draw_curves(runs: list[Path], file: Path) -> None:
             axes[0].plot(log["train"]["tokens"], log["train"]["loss"], color=color, alpha=0.3, linewidth=0.7, label=f"{name}training")
         if "eval" in log:
             last = log["eval"]["val_loss"][-1]
-            axes[0].plot(log["eval"]["tokens"], log["eval"]["val_loss"], color=color, linewidth=1.6, label=f"{name}validation ({last:.3f})")
+            axes[0].plot(log["eval"]["tokens"], log["eval"]["val_loss"], color=color, linewidth=1.6, marker=".", label=f"{name}validation ({last:.3f})")
         if "hellaswag" in log:
             acc = [100 * x for x in log["hellaswag"]["acc_norm"]]
             axes[1].plot(log["hellaswag"]["tokens"], acc, color=color, linewidth=1.6, marker=".", label=f"{name}acc_norm ({acc[-1]:.2f})")

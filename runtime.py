@@ -41,17 +41,20 @@ class Runtime:
         """The one autocast context, for training and evaluation alike."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def attention(self, T: int):
+    def attention_backends(self, T: int) -> list[SDPBackend]:
         """The attention kernels for training at context T, fastest first by measurement (docs/benchmarks.md).
 
         On a CPU the fused kernel's bfloat16 backward is slow: plain matrix products beat it up to a context of about 512.
         """
         if self.device.type == "cuda":
-            backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-            return sdpa_kernel(backends, set_priority=True)
+            return [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         if self.device.type == "cpu" and self.dtype == torch.bfloat16 and T <= 512:
-            return sdpa_kernel(SDPBackend.MATH)
-        return contextlib.nullcontext()
+            return [SDPBackend.MATH]
+        return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def attention(self, T: int):
+        """A context in which scaled_dot_product_attention takes the first of them that serves."""
+        return sdpa_kernel(self.attention_backends(T), set_priority=True)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks (gloo has no trustworthy average: sum, then divide)."""

@@ -513,7 +513,8 @@ def main(args: list[str] | None = None) -> None:
     own, why = read_config(args)
     rt = start(own.device, own.dtype)
     config = rt.share(own)  # rank 0 has chosen the directory; no rank creates it before all have looked
-    rt.say(why, f"running on     {rt.device.type}, {str(rt.dtype).removeprefix('torch.')}, {rt.world_size} rank{'s' * (rt.world_size > 1)}")
+    attention = " > ".join(backend.name.removesuffix("_ATTENTION").lower() for backend in rt.attention_backends(config.seq_len))
+    rt.say(why, f"running on     {rt.device.type}, {str(rt.dtype).removeprefix('torch.')}, {rt.world_size} rank{'s' * (rt.world_size > 1)}, attention kernel {attention}")
     if config.eval_only:
         return eval_only(config, rt)
     check_batch(config, rt.world_size)
