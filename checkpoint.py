@@ -154,6 +154,9 @@ def load_model(name: str | None, warn: Callable[[str], None] = print, dropout: f
     """Model, its encoding, and what was picked: from a hub name, any Hugging Face directory, a step directory or a
     run directory (its best step if it keeps one, else its newest valid one); None is the newest run under runs/."""
     place = newest_run() if name is None else Path(name)
+    if place.parts[:1] == ("runs",) and not place.exists():  # else it would be looked up on the hub
+        raise UserError(f"{place}: no such run", expected=", ".join(sorted(map(str, Path("runs").glob("*")))) or "a run that train_gpt2.py has made",
+                        remedy="check the name")
     if is_run(place):
         best = best_step(place)
         if best is not None and (fault := problem(best)):

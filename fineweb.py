@@ -89,7 +89,7 @@ class PrepareConfig(Output, Source):
     @property
     def source(self) -> str:
         """How messages name it."""
-        return "--input " + " ".join(self.input[:3]) + " …" * (len(self.input) > 3) if self.input else f"--dataset {self.dataset} --name {self.name!r}"
+        return " ".join(self.input[:3]) + " …" * (len(self.input) > 3) if self.input else f"--dataset {self.dataset} --name {self.name!r}"
 
     @property
     def folder(self) -> Path:
@@ -236,7 +236,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
     for pattern, names in zip(patterns, found):
         if not any(os.path.isfile(name) for name in names):
             raise UserError(f"{pattern}: no such file", expected="a file, or a glob that matches files",
-                            remedy="check the path; for a folder write 'folder/**/*.txt', in quotes")
+                            remedy="check the path; for a folder write 'folder/**/*.txt', in quotes; fineweb.py makes prepared directories")
     return [name for names in found for name in names if os.path.isfile(name)]
 
 
@@ -538,7 +538,7 @@ def check_skipped(config: PrepareConfig, documents: int, skipped: Counter) -> No
     found = documents + skipped.total()
     if skipped.total() > MOST_SKIPPED * found:
         raise UserError(f"{config.source}: {skipped.total():,} of {found:,} documents cannot be used: {listed(skipped)}",
-                        expected=f"at most {MOST_SKIPPED:.0%}", remedy=f"check the source and --text-column {config.text_column}")
+                        expected=f"at most {MOST_SKIPPED:.0%}", remedy=f"check the source; fineweb.py --text-column takes its text from another place than {config.text_column!r}")
 
 
 def hub_info(config: PrepareConfig, dataset: str, say: Callable):

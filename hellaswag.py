@@ -124,7 +124,7 @@ def _parse(line: bytes, place: str) -> Item:
         if not all(isinstance(text, str | None) for text in (item.activity_label, item.ctx_a, item.ctx_b)):
             raise ValueError("activity_label, ctx_a or ctx_b is not text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{place}: {type(error).__name__}: {error}", expected="ctx, four endings that are not empty, and a label from 0 to 3",
+        raise UserError(f"{place}: {'no ' if isinstance(error, KeyError) else ''}{error}", expected="ctx, four endings that are not empty, and a label from 0 to 3",
                         remedy="mend the line or fetch the file again") from None
     return item
 
@@ -303,7 +303,7 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, items: list[Item], style: 
             if progress:
                 scores = log_p.reshape(-1, 4) / lengths
                 done = scores.all(1)  # no ending is certain
-                so_far = f"{done.sum():,} items, acc_norm {100 * (scores.argmax(1) == labels)[done].mean():.2f}"
+                so_far = f"{done.sum():,} items" + (f", acc_norm {100 * (scores.argmax(1) == labels)[done].mean():.2f}" if done.any() else "")
                 bar.set_postfix_str(so_far)
                 if not show_bar and n % math.ceil(len(batches) / 10) == 0:
                     rt.say(so_far)
@@ -322,7 +322,7 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, items: list[Item], style: 
 class Config:
     model: str | None = None  # hub name (gpt2), Hugging Face directory, step or run directory; default: the newest run
     style: Style = "completion"  # convention: completion (build-nanogpt, llm.c) or harness (lm-evaluation-harness)
-    data: Path | None = None  # items as JSON lines; default: the official validation set, fetched if it is not there
+    data: Path | None = None  # items as JSON lines with ctx, endings and label (harness: and activity_label, ctx_a, ctx_b); default: the official validation set, fetched if it is not there
     limit: int | None = None  # score only the first so many items
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products

@@ -9,6 +9,7 @@ FLOPs; GB is 10^9 bytes.
 Letters: B sequences per micro-batch, T tokens each, W ranks, C channels, H heads, L layers, V vocabulary.
 """
 
+import argparse
 import math
 import time
 
@@ -191,6 +192,7 @@ def tables() -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Print the tables of docs/scaling.md.").parse_args()
     print("\n\n".join(tables()))
 
 

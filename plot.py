@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from script import UserError, parse_flags, run_script
@@ -36,14 +37,19 @@ def draw_curves(runs: list[Path], file: Path) -> None:
     """Training and validation loss against tokens, HellaSwag beside it where it was scored, as a PNG."""
     from matplotlib.figure import Figure  # slow to import, and most ranks never draw
 
-    logs = {run: read_log(run) for run in runs}
+    logs, settled = {run: read_log(run) for run in runs}, []
     panels = 2 if any("hellaswag" in log for log in logs.values()) else 1
     figure = Figure(figsize=(1.5 + 5 * panels, 4), dpi=200, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for color, (run, log) in zip((f"C{i % 10}" for i in range(len(logs))), logs.items()):
         name = f"{run.name}: " if len(logs) > 1 else ""
         if "train" in log:
-            axes[0].plot(log["train"]["tokens"], log["train"]["loss"], color=color, alpha=0.3, linewidth=0.7, label=f"{name}training")
+            tokens, loss = (np.array(log["train"][key]) for key in ("tokens", "loss"))
+            n = max(1, len(loss) // 100)  # steps in a mean
+            means = np.convolve(loss, np.full(n, 1 / n), "valid")
+            settled += means[len(means) // 20:].tolist()
+            axes[0].plot(tokens, loss, color=color, alpha=0.15, linewidth=0.6)
+            axes[0].plot(tokens[n - 1:], means, color=color, alpha=0.55, linewidth=1, label=f"{name}training" + f", mean of {n} steps" * (n > 1))
         if "eval" in log:
             last = log["eval"]["val_loss"][-1]
             axes[0].plot(log["eval"]["tokens"], log["eval"]["val_loss"], color=color, linewidth=1.6, marker=".", label=f"{name}validation ({last:.3f})")
@@ -56,11 +62,9 @@ def draw_curves(runs: list[Path], file: Path) -> None:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss (nats per token)")
-    trains = [log["train"] for log in logs.values() if "train" in log]
-    if trains:  # the first steps fall from ln V; showing them whole would flatten all that comes after
-        settled = [x for train in trains for x, tokens in zip(train["loss"], train["tokens"]) if tokens > 0.05 * train["tokens"][-1]]
+    if settled:  # the first steps fall from ln V; showing them whole would flatten all that comes after
         low, high = min(settled), max(settled)
-        axes[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-3)
+        axes[0].set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low) + 1e-3)
     if panels == 2:
         axes[1].set_ylabel("HellaSwag acc_norm (%), completion style")
         axes[1].axhline(25, color="grey", linewidth=0.8, linestyle=":", label="chance (25)")

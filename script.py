@@ -74,7 +74,7 @@ def run_script(main: Callable[[], None]) -> None:
     if code == 0 and distributed and distributed.is_initialized():
         distributed.destroy_process_group()
     if message:
-        print(message, file=sys.stderr, flush=True)
+        sys.stderr.write(message + "\n")  # in one piece: other ranks write there too
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     sys.exit(code)

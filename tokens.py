@@ -42,7 +42,7 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
         raise UserError(f"the gpt2 vocabulary could not be fetched ({type(error).__name__})", expected="a connection or a filled cache",
-                        remedy="connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's gpt2 files") from None
+                        remedy="connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's gpt2 files, or prepare bytes: --tokenizer bytes") from None
 
 
 @functools.cache
@@ -268,7 +268,7 @@ def open_data(folder: str | os.PathLike) -> TokenData:
         train, val = shards[1:], shards[:1]
     if not train:
         raise UserError(f"{folder}: {len(files)} token shards", expected="at least one for training and one for validation",
-                        remedy="prepare the data with fineweb.py")
+                        remedy=f"prepare them with fineweb.py, or name texts: --data '{folder}/*.txt'")
     vocab_size = ENCODINGS[encoding]
     return TokenData(encoding, TokenArray(train, vocab_size), TokenArray(val, vocab_size), fingerprint)
 

@@ -151,7 +151,10 @@ FREE_ON_RESUME = {"out", "resume", "device", "micro_batch", "compile", "wandb", 
 
 def read_config(args: list[str]) -> tuple[TrainConfig, str]:
     """The configuration, and one line on where it comes from: recipe, then a resumed run's train.json, then flags."""
-    given = parse_flags(TrainConfig, replace(TrainConfig(), recipe="", data=""), __doc__, [a for a in args if a not in ("-h", "--help")])
+    import tyro
+
+    # First only what decides on the defaults: the other flags are read, and judged, with them.
+    given, _ = tyro.cli(General, default=General(recipe="", data=""), args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True)
     if given.recipe:
         recipe, why = given.recipe, "as asked"
     elif given.init_from:
@@ -172,7 +175,7 @@ def read_config(args: list[str]) -> tuple[TrainConfig, str]:
             base = TrainConfig(**json.loads(saved.read_text()))
         except (ValueError, TypeError) as error:
             raise UserError(f"{saved}: {error}", expected="a configuration this version wrote", remedy="start a new run") from None
-        why = f"resuming {out}"
+        recipe, why = given.recipe or base.recipe, f"resuming {out}"
     elif given.init_from and not {"-h", "--help"} & set(args):
         model, encoding, _ = checkpoint.load_model(given.init_from)
         c = model.config
@@ -321,7 +324,7 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
             f"--micro-batch {config.micro_batch} on {world_size} rank(s) with --total-batch-tokens {config.total_batch_tokens:,}, "
             f"which is {sequences} sequences of {config.seq_len}",
             expected=f"--micro-batch one of {good}" if good else f"a multiple of {world_size * config.seq_len:,} tokens a batch",
-            remedy="change one of them")
+            remedy="change --micro-batch or --total-batch-tokens")
 
 
 def check_agreement(own: TrainConfig, data: TokenData, rt: Runtime) -> None:
@@ -353,13 +356,13 @@ class Run:
         self.items = hellaswag.find_items(rt) if config.hellaswag_every else None
         if self.resumed:
             checkpoint.load_optimizer(self.resumed, self.start_step, self.model, self.optimizer)
+        self.wandb = open_wandb(config) if config.wandb and rt.is_main else None
         if rt.is_main:
             checkpoint.clean(self.folder)
             cut_log(self.folder, self.start_step if self.resumed else -1)
             self.write_best()
             if not self.resumed:
                 (self.folder / "train.json").write_text(json.dumps(asdict(replace(config, resume=False)), indent=2) + "\n")
-        self.wandb = open_wandb(config) if config.wandb and rt.is_main else None
 
     def due(self, every: int, step: int) -> bool:
         """At each multiple of `every` and after the last update; what a resumed run did before it stopped is not done again."""
@@ -433,7 +436,10 @@ def open_wandb(config: TrainConfig):
     file = Path(config.out, "wandb_id")
     if not file.exists():
         file.write_text(secrets.token_hex(4))
-    return wandb.init(project="pygpt2", name=Path(config.out).name, id=file.read_text(), resume="allow", dir=config.out, config=asdict(config))
+    try:
+        return wandb.init(project="pygpt2", name=Path(config.out).name, id=file.read_text(), resume="allow", dir=config.out, config=asdict(config))
+    except wandb.Error as error:
+        raise UserError(f"--wandb: {error}", expected="to start or continue its run", remedy="log in, set WANDB_MODE=offline, or drop the flag") from None
 
 
 def cut_log(folder: Path, step: int) -> None:
@@ -518,6 +524,8 @@ def main(args: list[str] | None = None) -> None:
     if config.eval_only:
         return eval_only(config, rt)
     check_batch(config, rt.world_size)
+    if config.warmup_steps >= config.max_steps:
+        rt.say(f"note: {config.warmup_steps} steps of warm-up in a run of {config.max_steps}: the learning rate stays below its peak; --warmup-steps lowers it")
     if config.dry_run:
         vocab_size = ENCODINGS[open_data(config.data).encoding if Path(config.data).is_dir() else config.tokenizer]
         model_config = GPTConfig(config.n_layer, config.n_head, config.n_embd, config.seq_len, vocab_size, config.dropout)
@@ -527,6 +535,9 @@ def main(args: list[str] | None = None) -> None:
     check_agreement(own, data, rt)
     with locked(Path(config.out)) if rt.is_main else contextlib.nullcontext():
         run = Run(config, data, rt)
+        if run.start_step == config.max_steps:
+            return rt.say(f"{run.folder} is complete, {config.max_steps:,} steps. To train its model further: "
+                          f"python train_gpt2.py --init-from {run.folder} --data {config.data} --tokenizer {data.encoding}")
         rt.say(*plan(run.model.config, rt, config.max_steps, config.total_batch_tokens, config.micro_batch),
                f"data           {config.data}: {len(data.train):,} training and {len(data.val):,} validation tokens ({data.encoding})",
                f"run directory  {run.folder}" + (f", continuing after step {run.start_step}" if run.resumed else ""), "")

@@ -167,5 +167,5 @@ def test_datatrove_lines_in_scaling_build_a_pipeline(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(executor.SlurmPipelineExecutor, "run", lambda self: started.append(self))
     code, = re.findall(r"```python\n(.*?)```", DOC, re.S)
-    exec(code, {})
+    exec(code, {"__name__": "__main__"})
     assert len(started) == 1 and len(started[0].pipeline) == 2

@@ -31,7 +31,7 @@ def figure(monkeypatch) -> list[Figure]:
 def test_two_runs_share_the_axes_and_hellaswag_stands_beside(tmp_path, figure):
     plot.draw_curves([write_run(tmp_path / "a", 3.1, True), write_run(tmp_path / "b", 3.2, False)], tmp_path / "c.png")
     loss, hellaswag = figure[0].axes
-    labels = [line.get_label() for line in loss.get_lines()]
+    labels = [line.get_label() for line in loss.get_lines() if not line.get_label().startswith("_")]
     assert labels[:4] == ["a: training", "a: validation (3.100)", "b: training", "b: validation (3.200)"]
     assert "acc_norm (31.00)" in hellaswag.get_lines()[0].get_label()
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"

@@ -210,6 +210,22 @@ def test_resume_goes_back_to_the_newest_checkpoint_that_verifies(data, in_tmp, c
     assert losses(in_tmp / "r") == before
 
 
+def test_the_printed_command_resumes_any_recipe_and_a_complete_run_says_so(data, in_tmp, capfd):
+    assert run("--data", data, *TINY, "--out", "base") == 0
+    assert run("--init-from", "base", "--data", data, "--max-steps", 8, "--save-every", 4, "--sample-every", 0, "--out", "tuned") == 0
+    shutil.rmtree("tuned/step_000008")
+    assert run("--out", "tuned", "--resume") == 0
+    assert losses(in_tmp / "tuned") and checkpoint.steps(in_tmp / "tuned")[-1].name == "step_000008"
+    capfd.readouterr()
+    assert run("--out", "tuned", "--resume") == 0
+    assert "tuned is complete, 8 steps" in capfd.readouterr().out
+
+
+def test_flags_are_judged_together_with_their_recipe(in_tmp, capfd):
+    """1,280 tokens are ten sequences of the first run, and no multiple of GPT-2's context."""
+    assert run("--recipe", "first-run", "--total-batch-tokens", 1280, "--micro-batch", 5, "--dry-run") == 0
+
+
 def test_resume_refuses_flags_that_change_what_is_learned_by_name(data, in_tmp, capfd):
     assert run("--data", data, *TINY, "--max-steps", 2, "--out", "r") == 0
     assert run("--out", "r", "--resume", "--learning-rate", 1, "--micro-batch", 2) == 2
