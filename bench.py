@@ -70,7 +70,7 @@ class Case:
     contenders: dict[str, tuple]  # row: a function that returns Ready, and its arguments
     tolerance: Any = 0.0  # largest difference from the first row's output, for all elements or each
     difference: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda own, first: np.abs(own - first)
-    remark: Callable[[dict[str, float]], str] = lambda rates: ""  # a line under the table, from the rates by row
+    remark: Callable[[dict[str, dict]], str] = lambda rows: ""  # a line under the table, from the rows that were timed
     together: bool = False  # contenders may set up at the same time: they fit, and compile on many cores
 
 
@@ -221,7 +221,7 @@ def run_case(case: Case, rounds: int) -> dict:
             row |= {"all_seconds": contender.seconds, "seconds": spread(contender.seconds)}
             row["rate"] = case.amount / row["seconds"][0]
             row["ratio"] = None if first.facts["fault"] else spread([own / base for own, base in zip(contender.seconds, first.seconds)])
-    remark = case.remark({name: row["rate"] for name, row in rows.items() if not row["fault"]})
+    remark = case.remark({name: row for name, row in rows.items() if not row["fault"]})
     return {"title": case.title, "unit": case.unit, "amount": case.amount, "rounds": rounds, "busy_cores": others, "rows": rows, "remark": remark}
 
 
@@ -347,7 +347,7 @@ def train(setting: Setting) -> Iterator[Case]:
                      f"transformers, eager{how}{f', micro-batches of {few}' if few < B else ''}": (train_transformers, *run, False, few, keep)}
             yield Case(f"train {name}, {B}×{T}, {setting.dtype}", "tok", steps * B * T, first | peers,
                        tolerance=np.array([1e-5, 1e-3 if setting.dtype == "bfloat16" else 1e-5]),
-                       remark=lambda rates: "MFU: " + ", ".join(f"{row} {rate * flops / peak:.1%}" for row, rate in rates.items()) if peak else "")
+                       remark=lambda rows: "MFU: " + ", ".join(f"{name} {row['rate'] * flops / peak:.1%}" for name, row in rows.items()) if peak else "")
 
 
 # ---------------------------------------------------------------------------------------------------- growth
@@ -383,7 +383,7 @@ def growth(setting: Setting) -> Iterator[Case]:
     sizes = [GPTConfig(4, 4, 128, T), GPTConfig(6, 6, 384, T), GPTConfig(12, 12, 768, T), GPTConfig(24, 16, 1024, T)]
     names = {f"{c.n_layer} × {c.n_embd}": c for c in sizes}
     yield Case(f"growth with the model: 4×{T} tokens a step, {setting.dtype}", "tok", 4 * T, {name: run(c, 4, T, 4) for name, c in names.items()}, tolerance=np.inf,
-               remark=lambda rates: "GFLOP/s: " + ", ".join(f"{name} {rate * flops_per_token(names[name]) / 1e9:,.0f}" for name, rate in rates.items()))
+               remark=lambda rows: "GFLOP/s: " + ", ".join(f"{name} {row['rate'] * flops_per_token(names[name]) / 1e9:,.0f}" for name, row in rows.items()))
     yield Case("growth with the shards: open them all, read 512 windows of 1,024 tokens", "openings", 1,
                {f"{n:,} shards": (open_shards, setting.scratch / f"shards{n}", n, 512) for n in (10, 100, 1000, setting.size(10_000, 2000))})
 
@@ -637,7 +637,7 @@ def data(setting: Setting) -> Iterator[Case]:
     run, alone = (file, workers, setting.size(10_000_000, 20_000)), "tiktoken alone, 1 process"
     yield Case(f"data, {megabytes:.0f} MB of Python sources in parquet, {workers} workers", "MB", megabytes,
                {"PyGPT2": (prepare_ours, *run), "one document a task, as build-nanogpt does": (prepare_plain, *run), alone: (tiktoken_alone, file)},
-               remark=lambda rates: f"PyGPT2 reaches {rates['PyGPT2'] / rates[alone] / workers:.0%} of workers × tiktoken alone" if {"PyGPT2", alone} <= rates.keys() else "")
+               remark=lambda rows: f"PyGPT2 reaches {rows[alone]['ratio'][0] / workers:.0%} of workers × tiktoken alone" if {"PyGPT2", alone} <= rows.keys() else "")
 
 
 # ---------------------------------------------------------------------------------------------------- load

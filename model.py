@@ -402,7 +402,7 @@ class NextTokenLoss(nn.Module):
         return LinearCrossEntropy.apply(x.flatten(0, 1), self.model.transformer.wte.weight, targets.flatten(), torch.is_grad_enabled())
 
 
-LOSS_ROWS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # a chunk of the loss: larger gains nothing, smaller starves the matrix units
+LOSS_ROWS = {"cpu": 512, "cuda": 8192, "mps": 4096}  # a chunk of the loss: larger gains nothing, smaller starves the matrix units
 LOSS_ALIGNMENT = 64  # rows of zeros keep matrix units aligned (50257 is odd), 5% of a training step on a CPU; they never leave the loss
 
 
