@@ -221,7 +221,7 @@ def test_the_printed_command_resumes_any_recipe_and_a_complete_run_says_so(data,
     assert "tuned is complete, 8 steps" in capfd.readouterr().out
 
 
-def test_flags_are_judged_together_with_their_recipe(in_tmp, capfd):
+def test_flags_are_judged_together_with_their_recipe(in_tmp):
     """1,280 tokens are ten sequences of the first run, and no multiple of GPT-2's context."""
     assert run("--recipe", "first-run", "--total-batch-tokens", 1280, "--micro-batch", 5, "--dry-run") == 0
 
