@@ -11,7 +11,7 @@ round, against the table's first row: 2 means twice its time. Peers that are not
 
 "peak GB" is the peak memory of a contender's process, its set-up included (on CUDA: of its tensors, in the rounds);
 "start s" is what set-up took: imports, weights, compilation, a first round. Peers get our allocator setting
-(script.keep_freed_memory) everywhere but in the rows that say they keep their own.
+(runtime.keep_freed_memory) everywhere but in the rows that say they keep their own.
 """
 
 import argparse  # not tyro: a machine that is lent for an hour has little installed
@@ -42,16 +42,34 @@ import torch
 import torch.nn.functional as F
 
 import runtime
+from cli import UserError, run_script
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
-from runtime import Runtime
-from script import UserError, keep_freed_memory, run_script
-from tokens import HEADER_BYTES, get_encoding, open_data, save_tokenizer, training_windows, write_manifest, write_shard
+from runtime import Runtime, keep_freed_memory
+from tokens import (
+    HEADER_BYTES,
+    get_encoding,
+    open_data,
+    save_tokenizer,
+    training_windows,
+    write_manifest,
+    write_shard,
+)
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ("torch", "transformers", "lm_eval", "accelerate", "tiktoken", "numpy", "safetensors", "pyarrow")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "lm_eval",
+    "accelerate",
+    "tiktoken",
+    "numpy",
+    "safetensors",
+    "pyarrow",
+)
 
 
 # ---------------------------------------------------------------------------------------------------- the machinery
+
 
 class Ready(NamedTuple):
     """What a contender returns once it has set up and warmed up."""
@@ -69,9 +87,15 @@ class Case:
     amount: float  # of the unit, done in a round
     contenders: dict[str, tuple]  # row: a function that returns Ready, and its arguments
     tolerance: Any = 0.0  # largest difference from the first row's output, for all elements or each
-    difference: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda own, first: np.abs(own - first)
-    remark: Callable[[dict[str, dict]], str] = lambda rows: ""  # a line under the table, from the rows that were timed
-    together: bool = False  # contenders may set up at the same time: they fit, and compile on many cores
+    difference: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda own, first: np.abs(
+        own - first
+    )
+    remark: Callable[[dict[str, dict]], str] = lambda rows: (
+        ""
+    )  # a line under the table, from the rows that were timed
+    together: bool = (
+        False  # contenders may set up at the same time: they fit, and compile on many cores
+    )
 
 
 @dataclass(frozen=True)
@@ -118,11 +142,19 @@ def random_tokens(*shape: int) -> torch.Tensor:
 
 def contend(pipe, contender: Callable[..., Ready], arguments: tuple, share: bool) -> None:
     """A contender's process: set up, then one round whenever asked. share: leave a GPU's memory to the others between rounds."""
-    multiprocessing.set_start_method(None, force=True)  # the system's own, as in our scripts, and not what this process was started by
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # the system's own, as in our scripts, and not what this process was started by
     began = time.perf_counter()
     try:
         output, work = contender(*arguments)
-        pipe.send({"output": output, "start_seconds": time.perf_counter() - began, "peak_memory": peak_memory()})
+        pipe.send(
+            {
+                "output": output,
+                "start_seconds": time.perf_counter() - began,
+                "peak_memory": peak_memory(),
+            }
+        )
         while pipe.recv():
             if torch.cuda.is_initialized():
                 if share:
@@ -142,7 +174,9 @@ def contend(pipe, contender: Callable[..., Ready], arguments: tuple, share: bool
         pipe.send({"fault": f"not installed: {error}"})
     except Exception as error:
         traceback.print_exc()
-        pipe.send({"fault": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+        pipe.send(
+            {"fault": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        )
 
 
 def peak_memory() -> int:
@@ -150,7 +184,9 @@ def peak_memory() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if Path("/proc/self/status").exists():  # Linux counts the parent's memory into a child's ru_maxrss
+    if Path(
+        "/proc/self/status"
+    ).exists():  # Linux counts the parent's memory into a child's ru_maxrss
         own = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
@@ -160,7 +196,9 @@ class Contender:
 
     def __init__(self, name: str, share: bool, function: Callable[..., Ready], *arguments):
         self.name, self.seconds, self.facts = name, [], {"fault": None, "peak_memory": 0}
-        context = multiprocessing.get_context("spawn")  # a fresh interpreter, whatever this process holds
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a fresh interpreter, whatever this process holds
         self.pipe, child = context.Pipe()
         self.process = context.Process(target=contend, args=(child, function, arguments, share))
         self.process.start()
@@ -176,7 +214,9 @@ class Contender:
             self.process.join()
             message = {"fault": f"failed: its process ended with {self.process.exitcode}"}
         message["peak_memory"] = max(message.get("peak_memory", 0), self.facts["peak_memory"])
-        self.facts |= {key: value for key, value in message.items() if key not in ("output", "seconds")}
+        self.facts |= {
+            key: value for key, value in message.items() if key not in ("output", "seconds")
+        }
         return message
 
     def round(self) -> None:
@@ -206,7 +246,9 @@ def run_case(case: Case, rounds: int) -> dict:
         for contender in sound:
             difference = case.difference(contender.output, sound[0].output)
             if not np.all(difference <= case.tolerance):  # NaN is a difference too
-                contender.facts["fault"] = f"outputs differ from those of {sound[0].name} by up to {difference.max():.2g}, more than {case.tolerance}"
+                contender.facts["fault"] = (
+                    f"outputs differ from those of {sound[0].name} by up to {difference.max():.2g}, more than {case.tolerance}"
+                )
         others = busy_cores()
         for _ in range(rounds):
             for contender in contenders:
@@ -220,15 +262,30 @@ def run_case(case: Case, rounds: int) -> dict:
         if not row["fault"]:
             row |= {"all_seconds": contender.seconds, "seconds": spread(contender.seconds)}
             row["rate"] = case.amount / row["seconds"][0]
-            row["ratio"] = None if first.facts["fault"] else spread([own / base for own, base in zip(contender.seconds, first.seconds)])
+            row["ratio"] = (
+                None
+                if first.facts["fault"]
+                else spread([own / base for own, base in zip(contender.seconds, first.seconds)])
+            )
     remark = case.remark({name: row for name, row in rows.items() if not row["fault"]})
-    return {"title": case.title, "unit": case.unit, "amount": case.amount, "rounds": rounds, "busy_cores": others, "rows": rows, "remark": remark}
+    return {
+        "title": case.title,
+        "unit": case.unit,
+        "amount": case.amount,
+        "rounds": rounds,
+        "busy_cores": others,
+        "rows": rows,
+        "remark": remark,
+    }
 
 
 def busy_cores() -> float | None:
     """Cores in use over a second in which we do nothing: how much other processes disturb the measurement (Linux)."""
+
     def used() -> int:
-        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+        user, nice, system, _, _, irq, softirq, *_ = map(
+            int, Path("/proc/stat").read_text().split()[1:11]
+        )
         return user + nice + system + irq + softirq
 
     if not Path("/proc/stat").exists():
@@ -245,30 +302,58 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 def table(result: dict) -> str:
     """A case in Markdown."""
-    busy = "" if result["busy_cores"] is None else f", {result['busy_cores']:.1f} cores busy with other work"
-    lines = [f"### {result['title']}, {result['rounds']} rounds{busy}", "",
-             f"| | {result['unit']}/s | seconds a round (min–max) | ratio (min–max) | peak GB | start s |", "|---|---|---|---|---|---|"]
+    busy = (
+        ""
+        if result["busy_cores"] is None
+        else f", {result['busy_cores']:.1f} cores busy with other work"
+    )
+    lines = [
+        f"### {result['title']}, {result['rounds']} rounds{busy}",
+        "",
+        f"| | {result['unit']}/s | seconds a round (min–max) | ratio (min–max) | peak GB | start s |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in result["rows"].items():
         if row["fault"]:
             lines.append(f"| {name} | {row['fault']} | | | | |")
         else:
             rate = f"{row['rate']:,.0f}" if row["rate"] >= 1000 else f"{row['rate']:.3g}"
-            seconds, ratio = ("{:.3g} ({:.3g}–{:.3g})".format(*row[key]) if row[key] else "" for key in ("seconds", "ratio"))
-            lines.append(f"| {name} | {rate} | {seconds} | {ratio} | {row['peak_memory'] / 1e9:.2f} | {row['start_seconds']:.1f} |")
+            seconds, ratio = (
+                "{:.3g} ({:.3g}–{:.3g})".format(*row[key]) if row[key] else ""
+                for key in ("seconds", "ratio")
+            )
+            lines.append(
+                f"| {name} | {rate} | {seconds} | {ratio} | {row['peak_memory'] / 1e9:.2f} | {row['start_seconds']:.1f} |"
+            )
     return "\n".join([*lines, "", *([result["remark"], ""] if result["remark"] else [])])
 
 
 def machine(device: str) -> dict:
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), cpu)
+        cpu = next(
+            (
+                line.partition(": ")[2]
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            cpu,
+        )
     versions = {name: None for name in PACKAGES}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {"gpu": torch.cuda.get_device_name() if device == "cuda" else None, "cpu": cpu, "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "capabilities": [name for name, there in torch.cpu.get_capabilities().items() if there is True],
-            "system": platform.platform(), "versions": {"python": platform.python_version()} | versions}
+    return {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capabilities": [
+            name for name, there in torch.cpu.get_capabilities().items() if there is True
+        ],
+        "system": platform.platform(),
+        "versions": {"python": platform.python_version()} | versions,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- train
@@ -276,11 +361,19 @@ def machine(device: str) -> dict:
 LEARNING_RATE = 1e-5  # random tokens are learned by heart; nothing must overflow
 
 
-def train_ours(setting: Setting, folder: str, B: int, T: int, steps: int, compiled: bool, micro_batch: int) -> Ready:
+def train_ours(
+    setting: Setting, folder: str, B: int, T: int, steps: int, compiled: bool, micro_batch: int
+) -> Ready:
     from train_gpt2 import TrainConfig, make_optimizer, train_step
 
-    rt, model, windows = setting.runtime(ours=True), GPT.from_pretrained(folder).train(), random_tokens(B, T + 1)
-    config = TrainConfig(seq_len=T, micro_batch=micro_batch, total_batch_tokens=B * T, learning_rate=LEARNING_RATE)
+    rt, model, windows = (
+        setting.runtime(ours=True),
+        GPT.from_pretrained(folder).train(),
+        random_tokens(B, T + 1),
+    )
+    config = TrainConfig(
+        seq_len=T, micro_batch=micro_batch, total_batch_tokens=B * T, learning_rate=LEARNING_RATE
+    )
     loss_fn = NextTokenLoss(model)
     with torch.no_grad():
         exact = loss_fn(windows[:4, :-1], windows[:4, 1:]).item()  # float32, on the CPU
@@ -294,7 +387,16 @@ def train_ours(setting: Setting, folder: str, B: int, T: int, steps: int, compil
     return Ready(np.array([exact, step()]), lambda: [step() for _ in range(steps)])
 
 
-def train_transformers(setting: Setting, folder: str, B: int, T: int, steps: int, compiled: bool, micro_batch: int, keep_memory: bool) -> Ready:
+def train_transformers(
+    setting: Setting,
+    folder: str,
+    B: int,
+    T: int,
+    steps: int,
+    compiled: bool,
+    micro_batch: int,
+    keep_memory: bool,
+) -> Ready:
     """The same step as its users write it, as strong as it gets without other results: fused AdamW, SDPA, the loss
     inside the compiled graph and nothing else returned from it."""
     from transformers import GPT2LMHeadModel
@@ -307,7 +409,13 @@ def train_transformers(setting: Setting, folder: str, B: int, T: int, steps: int
 
     with torch.no_grad():
         exact = loss_fn(windows[:4, :-1], windows[:4, 1:].contiguous()).item()
-    optimizer = torch.optim.AdamW(model.to(rt.device).parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.to(rt.device).parameters(),
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=True,
+    )
     loss_fn = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
     windows = windows.pin_memory() if setting.device == "cuda" else windows
 
@@ -332,30 +440,70 @@ def train(setting: Setting) -> Iterator[Case]:
 
     cuda, peak = setting.device == "cuda", runtime.peak_flops(torch.device(setting.device))
     small = GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256)
-    sizes = [("124M", SIZES["gpt2"], 64, 1024, 10)] if cuda else [("124M", SIZES["gpt2"], 4, 512, 1), ("6 layers × 384", small, 16, 256, 1)]
+    sizes = (
+        [("124M", SIZES["gpt2"], 64, 1024, 10)]
+        if cuda
+        else [("124M", SIZES["gpt2"], 4, 512, 1), ("6 layers × 384", small, 16, 256, 1)]
+    )
     for name, config, B, T, steps in sizes:
         B, T = setting.size(B, 4), setting.size(T, 32)
         run = (setting, setting.weights(config), B, T, steps)
         flops = flops_per_token(GPTConfig(config.n_layer, config.n_head, config.n_embd, T))
-        ours = {"PyGPT2": (train_ours, *run, False, B), "PyGPT2, compiled": (train_ours, *run, True, B)}
+        ours = {
+            "PyGPT2": (train_ours, *run, False, B),
+            "PyGPT2, compiled": (train_ours, *run, True, B),
+        }
         # Not all in one run on a CPU: idle contenders keep their memory, and the 124M ones together would want 25 GB.
-        groups = [(ours, False), ({"PyGPT2": ours["PyGPT2"]}, True)] if not cuda else [({"PyGPT2, compiled": ours["PyGPT2, compiled"]}, False)]
+        groups = (
+            [(ours, False), ({"PyGPT2": ours["PyGPT2"]}, True)]
+            if not cuda
+            else [({"PyGPT2, compiled": ours["PyGPT2, compiled"]}, False)]
+        )
         for first, keep in groups:
             how = "" if cuda else ", memory kept as by ours" if keep else ", memory as by default"
-            few = min(B, 16) if cuda else B  # eager transformers at 64 sequences wants more than 100 GB
-            peers = {f"transformers, compiled{how}": (train_transformers, *run, True, B, keep),
-                     f"transformers, eager{how}{f', micro-batches of {few}' if few < B else ''}": (train_transformers, *run, False, few, keep)}
-            yield Case(f"train {name}, {B}×{T}, {setting.dtype}", "tok", steps * B * T, first | peers,
-                       tolerance=np.array([1e-5, 1e-3 if setting.dtype == "bfloat16" else 1e-5]),
-                       remark=lambda rows: "MFU: " + ", ".join(f"{name} {row['rate'] * flops / peak:.1%}" for name, row in rows.items()) if peak else "")
+            few = (
+                min(B, 16) if cuda else B
+            )  # eager transformers at 64 sequences wants more than 100 GB
+            peers = {
+                f"transformers, compiled{how}": (train_transformers, *run, True, B, keep),
+                f"transformers, eager{how}{f', micro-batches of {few}' if few < B else ''}": (
+                    train_transformers,
+                    *run,
+                    False,
+                    few,
+                    keep,
+                ),
+            }
+            yield Case(
+                f"train {name}, {B}×{T}, {setting.dtype}",
+                "tok",
+                steps * B * T,
+                first | peers,
+                tolerance=np.array([1e-5, 1e-3 if setting.dtype == "bfloat16" else 1e-5]),
+                remark=lambda rows: (
+                    "MFU: "
+                    + ", ".join(
+                        f"{name} {row['rate'] * flops / peak:.1%}" for name, row in rows.items()
+                    )
+                    if peak
+                    else ""
+                ),
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- growth
 
+
 def open_shards(folder: Path, shards: int, windows: int) -> Ready:
     """Open this many shards of 10,000 tokens, as a run does when it starts, then read windows from all over them."""
     folder.mkdir()
-    entries = [write_shard(folder / f"corpus_{'train' if i else 'val'}_{i:06d}.bin", np.full(10_000, i % 50257, np.uint16)) for i in range(shards)]
+    entries = [
+        write_shard(
+            folder / f"corpus_{'train' if i else 'val'}_{i:06d}.bin",
+            np.full(10_000, i % 50257, np.uint16),
+        )
+        for i in range(shards)
+    ]
     write_manifest(folder, {"encoding": "gpt2", "shards": entries})
 
     def work() -> np.ndarray:
@@ -376,26 +524,70 @@ def growth(setting: Setting) -> Iterator[Case]:
     def run(config: GPTConfig, B: int, T: int, micro_batch: int) -> tuple:
         return train_ours, setting, setting.weights(config), B, T, 1, False, micro_batch
 
-    yield Case(f"growth with the micro-batch: 6 layers × 384, {B}×{T} tokens a step, {setting.dtype}", "tok", B * T,
-               {f"micro-batch {n}": run(one_size, B, T, n) for n in (1, 2, 4, 8, 16) if n <= B}, tolerance=np.array([1e-5, 1e-2]))
-    yield Case(f"growth with the context: 6 layers × 384, {B * T} tokens a step, {setting.dtype}", "tok", B * T,
-               {f"T = {t}": run(one_size, B * T // t, t, B * T // t) for t in (T // 4, T // 2, T, 2 * T, 4 * T, 8 * T) if t <= B * T}, tolerance=np.inf)
-    sizes = [GPTConfig(4, 4, 128, T), GPTConfig(6, 6, 384, T), GPTConfig(12, 12, 768, T), GPTConfig(24, 16, 1024, T)]
+    yield Case(
+        f"growth with the micro-batch: 6 layers × 384, {B}×{T} tokens a step, {setting.dtype}",
+        "tok",
+        B * T,
+        {f"micro-batch {n}": run(one_size, B, T, n) for n in (1, 2, 4, 8, 16) if n <= B},
+        tolerance=np.array([1e-5, 1e-2]),
+    )
+    yield Case(
+        f"growth with the context: 6 layers × 384, {B * T} tokens a step, {setting.dtype}",
+        "tok",
+        B * T,
+        {
+            f"T = {t}": run(one_size, B * T // t, t, B * T // t)
+            for t in (T // 4, T // 2, T, 2 * T, 4 * T, 8 * T)
+            if t <= B * T
+        },
+        tolerance=np.inf,
+    )
+    sizes = [
+        GPTConfig(4, 4, 128, T),
+        GPTConfig(6, 6, 384, T),
+        GPTConfig(12, 12, 768, T),
+        GPTConfig(24, 16, 1024, T),
+    ]
     names = {f"{c.n_layer} × {c.n_embd}": c for c in sizes}
-    yield Case(f"growth with the model: 4×{T} tokens a step, {setting.dtype}", "tok", 4 * T, {name: run(c, 4, T, 4) for name, c in names.items()}, tolerance=np.inf,
-               remark=lambda rows: "GFLOP/s: " + ", ".join(f"{name} {row['rate'] * flops_per_token(names[name]) / 1e9:,.0f}" for name, row in rows.items()))
-    yield Case("growth with the shards: open them all, read 512 windows of 1,024 tokens", "openings", 1,
-               {f"{n:,} shards": (open_shards, setting.scratch / f"shards{n}", n, 512) for n in (10, 100, 1000, setting.size(10_000, 2000))})
+    yield Case(
+        f"growth with the model: 4×{T} tokens a step, {setting.dtype}",
+        "tok",
+        4 * T,
+        {name: run(c, 4, T, 4) for name, c in names.items()},
+        tolerance=np.inf,
+        remark=lambda rows: (
+            "GFLOP/s: "
+            + ", ".join(
+                f"{name} {row['rate'] * flops_per_token(names[name]) / 1e9:,.0f}"
+                for name, row in rows.items()
+            )
+        ),
+    )
+    yield Case(
+        "growth with the shards: open them all, read 512 windows of 1,024 tokens",
+        "openings",
+        1,
+        {
+            f"{n:,} shards": (open_shards, setting.scratch / f"shards{n}", n, 512)
+            for n in (10, 100, 1000, setting.size(10_000, 2000))
+        },
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- sample
 
-def sample_ours(setting: Setting, folder: str, B: int, prompt: int, new: int, faster: bool) -> Ready:
+
+def sample_ours(
+    setting: Setting, folder: str, B: int, prompt: int, new: int, faster: bool
+) -> Ready:
     """faster: the preparation that sample.py makes for long texts."""
     from sample import generate, pack_linears
 
     rt = setting.runtime(ours=True)
-    model, idx = GPT.from_pretrained(folder).to(rt.device, rt.dtype), random_tokens(B, prompt).to(rt.device)
+    model, idx = (
+        GPT.from_pretrained(folder).to(rt.device, rt.dtype),
+        random_tokens(B, prompt).to(rt.device),
+    )
     if faster and setting.device == "cpu":
         pack_linears(model, B)
     compiled = faster and setting.device == "cuda"
@@ -406,19 +598,33 @@ def sample_ours(setting: Setting, folder: str, B: int, prompt: int, new: int, fa
     return Ready([work()[:4].cpu().numpy() for _ in range(2)][-1], work)
 
 
-def sample_transformers(setting: Setting, folder: str, B: int, prompt: int, new: int, compiled: bool) -> Ready:
+def sample_transformers(
+    setting: Setting, folder: str, B: int, prompt: int, new: int, compiled: bool
+) -> Ready:
     from transformers import CompileConfig, GPT2LMHeadModel
 
     rt = setting.runtime()
-    model, idx = GPT2LMHeadModel.from_pretrained(folder, dtype=rt.dtype).to(rt.device).eval(), random_tokens(B, prompt).to(rt.device)
+    model, idx = (
+        GPT2LMHeadModel.from_pretrained(folder, dtype=rt.dtype).to(rt.device).eval(),
+        random_tokens(B, prompt).to(rt.device),
+    )
     model.generation_config.eos_token_id, options = None, {}
     if compiled:  # its own way: a static cache, and torch.compile for the one-token step
-        compile_config = CompileConfig(mode="reduce-overhead" if setting.device == "cuda" else "default")
+        compile_config = CompileConfig(
+            mode="reduce-overhead" if setting.device == "cuda" else "default"
+        )
         compile_config._compile_all_devices = True
         options = {"cache_implementation": "static", "compile_config": compile_config}
 
     def work() -> torch.Tensor:
-        return model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
+        return model.generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
 
     return Ready([work()[:4].cpu().numpy() for _ in range(2)][-1], work)
 
@@ -439,10 +645,19 @@ def sample(setting: Setting) -> Iterator[Case]:
         prompt, new = setting.size(32, 8), setting.size(128 if setting.device == "cuda" else 64, 8)
         run = (setting, folder, B, prompt, new)
         faster = "compiled" if setting.device == "cuda" else "weights packed"
-        contenders = {f"PyGPT2, {faster}": (sample_ours, *run, True), "PyGPT2": (sample_ours, *run, False),
-                      "transformers": (sample_transformers, *run, False), "transformers, compiled, static cache": (sample_transformers, *run, True)}
+        contenders = {
+            f"PyGPT2, {faster}": (sample_ours, *run, True),
+            "PyGPT2": (sample_ours, *run, False),
+            "transformers": (sample_transformers, *run, False),
+            "transformers, compiled, static cache": (sample_transformers, *run, True),
+        }
         if B == 1:
-            contenders["bound: reading the weights once a token"] = (read_weights, setting, folder, new)
+            contenders["bound: reading the weights once a token"] = (
+                read_weights,
+                setting,
+                folder,
+                new,
+            )
 
         @torch.no_grad()
         def regret(own: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -451,14 +666,26 @@ def sample(setting: Setting) -> Iterator[Case]:
             if own.size == 0:
                 return np.zeros(1)
             rows = torch.from_numpy(own)
-            logits = reference(rows[:, :-1])[:, prompt - 1:]  # (rows, new, V)
-            return (logits.amax(-1) - logits.gather(-1, rows[:, prompt:, None])[..., 0]).amax(1).numpy()
+            logits = reference(rows[:, :-1])[:, prompt - 1 :]  # (rows, new, V)
+            return (
+                (logits.amax(-1) - logits.gather(-1, rows[:, prompt:, None])[..., 0])
+                .amax(1)
+                .numpy()
+            )
 
-        yield Case(f"sample 124M, batch {B}, prompt {prompt}, {new} new tokens, greedy, {setting.dtype} weights", "tok", B * new, contenders,
-                   tolerance=0.1 if setting.dtype == "bfloat16" else 1e-3, difference=regret, together=setting.device == "cuda")
+        yield Case(
+            f"sample 124M, batch {B}, prompt {prompt}, {new} new tokens, greedy, {setting.dtype} weights",
+            "tok",
+            B * new,
+            contenders,
+            tolerance=0.1 if setting.dtype == "bfloat16" else 1e-3,
+            difference=regret,
+            together=setting.device == "cuda",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- hellaswag
+
 
 def find_items(n: int) -> tuple[list, str]:
     """n items, evenly from the official file where it is; else of its lengths (a third is from WikiHow and longer), made
@@ -472,10 +699,12 @@ def find_items(n: int) -> tuple[list, str]:
 
     def text(mean: float, deviation: float) -> str:
         start = rng.integers(len(words) - 100)
-        return " ".join(words[start:start + int(np.clip(rng.normal(mean, deviation), 2, 70))])
+        return " ".join(words[start : start + int(np.clip(rng.normal(mean, deviation), 2, 70))])
 
     for _ in range(n):
-        context, ending = ((50, 6), (28, 4)) if rng.random() < 0.32 else ((28, 10), (20, 9))  # words: mean and deviation
+        context, ending = (
+            ((50, 6), (28, 4)) if rng.random() < 0.32 else ((28, 10), (20, 9))
+        )  # words: mean and deviation
         mean = rng.normal(*ending)
         items.append(Item(text(*context), tuple(text(mean, 4) for _ in range(4)), 0))
     return items, "synthetic"
@@ -499,16 +728,21 @@ def score_plain(setting: Setting, n: int) -> Ready:
     model, items = GPT.from_pretrained(setting.weights()).to(rt.device), find_items(n)[0]
 
     def score(item) -> np.ndarray:
-        context, endings = encoding.encode_ordinary(item.ctx), [encoding.encode_ordinary(" " + ending) for ending in item.endings]
+        context, endings = (
+            encoding.encode_ordinary(item.ctx),
+            [encoding.encode_ordinary(" " + ending) for ending in item.endings],
+        )
         tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
         mask = torch.zeros(4, tokens.size(1) - 1)
         for k, ending in enumerate(endings):
             end = len(context) + len(ending)
-            tokens[k, :end], mask[k, len(context) - 1:end - 1] = torch.tensor(context + ending), 1
+            tokens[k, :end], mask[k, len(context) - 1 : end - 1] = torch.tensor(context + ending), 1
         tokens = tokens.to(rt.device)
         with rt.autocast():  # for each item, as there: the weights are cast anew
             logits = model(tokens)
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+        losses = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+        ).view(4, -1)
         return -(losses * mask.to(rt.device)).sum(1).cpu().numpy()
 
     @torch.no_grad()
@@ -528,12 +762,23 @@ def score_harness(setting: Setting, n: int) -> Ready:
 
     rt = setting.runtime()
     model = GPT2LMHeadModel.from_pretrained(setting.weights(), dtype=rt.dtype).to(rt.device)
-    scorer = HFLM(model, tokenizer=GPT2TokenizerFast.from_pretrained(setting.weights()), batch_size=256 if setting.device == "cuda" else 8, device=setting.device)
+    scorer = HFLM(
+        model,
+        tokenizer=GPT2TokenizerFast.from_pretrained(setting.weights()),
+        batch_size=256 if setting.device == "cuda" else 8,
+        device=setting.device,
+    )
     texts = [render(item, "completion")[:2] for item in find_items(n)[0]]
-    requests = [Instance("loglikelihood", {}, (context, ending), k) for context, endings in texts for k, ending in enumerate(endings)]
+    requests = [
+        Instance("loglikelihood", {}, (context, ending), k)
+        for context, endings in texts
+        for k, ending in enumerate(endings)
+    ]
 
     def work() -> np.ndarray:
-        return np.array([log_p for log_p, _ in scorer.loglikelihood(requests, disable_tqdm=True)]).reshape(-1, 4)
+        return np.array(
+            [log_p for log_p, _ in scorer.loglikelihood(requests, disable_tqdm=True)]
+        ).reshape(-1, 4)
 
     return Ready(work(), work)
 
@@ -542,13 +787,28 @@ def hellaswag(setting: Setting) -> Iterator[Case]:
     # Of sums over an ending, about -320 with random weights; in bfloat16 the harness rounds and sums in bfloat16, off by 1.
     tolerance = 3.0 if setting.dtype == "bfloat16" else 2e-3
     setting.weights()
-    peers = {"one item at a time, as build-nanogpt does": score_plain, "lm-evaluation-harness": score_harness}
-    for n, others in [(10_042, {}), (300, peers)] if setting.device == "cuda" else [(setting.size(40, 4), peers)]:
-        yield Case(f"hellaswag 124M, {n:,} {find_items(1)[1]} items, {setting.dtype}", "items", n,
-                   {name: (score, setting, n) for name, score in ({"PyGPT2": score_ours} | others).items()}, tolerance, together=setting.device == "cuda")
+    peers = {
+        "one item at a time, as build-nanogpt does": score_plain,
+        "lm-evaluation-harness": score_harness,
+    }
+    for n, others in (
+        [(10_042, {}), (300, peers)] if setting.device == "cuda" else [(setting.size(40, 4), peers)]
+    ):
+        yield Case(
+            f"hellaswag 124M, {n:,} {find_items(1)[1]} items, {setting.dtype}",
+            "items",
+            n,
+            {
+                name: (score, setting, n)
+                for name, score in ({"PyGPT2": score_ours} | others).items()
+            },
+            tolerance,
+            together=setting.device == "cuda",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- data
+
 
 def make_corpus(file: Path, size: int) -> int:
     """A parquet file of about `size` bytes of text in documents of up to 5 kB, FineWeb-Edu's mean: the Python sources installed here."""
@@ -556,12 +816,18 @@ def make_corpus(file: Path, size: int) -> int:
     import pyarrow.parquet
 
     paths, total, documents = sysconfig.get_paths(), 0, []
-    sources = (source for kind in ("stdlib", "purelib") for source in sorted(Path(paths[kind]).rglob("*.py")))
+    sources = (
+        source
+        for kind in ("stdlib", "purelib")
+        for source in sorted(Path(paths[kind]).rglob("*.py"))
+    )
     while total < size and (source := next(sources, None)):
         text = source.read_text(errors="replace")
-        documents += [text[start:start + 5000] for start in range(0, len(text), 5000)]
+        documents += [text[start : start + 5000] for start in range(0, len(text), 5000)]
         total += len(text.encode(errors="replace"))
-    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), file, row_group_size=1000)  # as in FineWeb-Edu
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": documents}), file, row_group_size=1000
+    )  # as in FineWeb-Edu
     return total
 
 
@@ -573,7 +839,9 @@ def read_corpus(file: Path) -> Iterator[str]:
 
 
 def digest(parts: Iterable[np.ndarray]) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(np.concatenate(list(parts)).astype("<u2").tobytes()).digest(), dtype=np.uint8).astype(int)
+    return np.frombuffer(
+        hashlib.sha256(np.concatenate(list(parts)).astype("<u2").tobytes()).digest(), dtype=np.uint8
+    ).astype(int)
 
 
 def prepare_ours(file: Path, workers: int, shard_tokens: int) -> Ready:
@@ -584,10 +852,21 @@ def prepare_ours(file: Path, workers: int, shard_tokens: int) -> Ready:
 
     def work() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        fineweb.prepare(fineweb.PrepareConfig(input=(str(file),), out=str(out), workers=workers, shard_tokens=shard_tokens), say=lambda *lines: None)
+        fineweb.prepare(
+            fineweb.PrepareConfig(
+                input=(str(file),), out=str(out), workers=workers, shard_tokens=shard_tokens
+            ),
+            say=lambda *lines: None,
+        )
 
     work()
-    return Ready(digest(np.fromfile(shard, "<u2", offset=HEADER_BYTES) for shard in sorted(out.glob("*.bin"), key=lambda shard: shard.stem[-6:])), work)
+    return Ready(
+        digest(
+            np.fromfile(shard, "<u2", offset=HEADER_BYTES)
+            for shard in sorted(out.glob("*.bin"), key=lambda shard: shard.stem[-6:])
+        ),
+        work,
+    )
 
 
 def encode_document(text: str) -> np.ndarray:
@@ -612,7 +891,7 @@ def prepare_plain(file: Path, workers: int, shard_tokens: int) -> Ready:
                     shard[fill:], tokens, fill = tokens[:n], tokens[n:], 0
                     np.save(out / f"{done:06d}", shard)
                     done += 1
-                shard[fill:fill + len(tokens)] = tokens
+                shard[fill : fill + len(tokens)] = tokens
                 fill += len(tokens)
             np.save(out / f"{done:06d}", shard[:fill])
 
@@ -626,7 +905,11 @@ def tiktoken_alone(file: Path) -> Ready:
     eot = np.array([encoding.eot_token], dtype=np.uint32)
 
     def work() -> list[np.ndarray]:
-        return [tokens for text in documents for tokens in (eot, encoding.encode_to_numpy(text, disallowed_special=()))]
+        return [
+            tokens
+            for text in documents
+            for tokens in (eot, encoding.encode_to_numpy(text, disallowed_special=()))
+        ]
 
     return Ready(digest(work()), work)
 
@@ -635,23 +918,42 @@ def data(setting: Setting) -> Iterator[Case]:
     file, workers = setting.scratch / "corpus.parquet", min(8, os.cpu_count())
     megabytes = make_corpus(file, setting.size(100_000_000, 300_000)) / 1e6
     run, alone = (file, workers, setting.size(10_000_000, 20_000)), "tiktoken alone, 1 process"
-    yield Case(f"data, {megabytes:.0f} MB of Python sources in parquet, {workers} workers", "MB", megabytes,
-               {"PyGPT2": (prepare_ours, *run), "one document a task, as build-nanogpt does": (prepare_plain, *run), alone: (tiktoken_alone, file)},
-               remark=lambda rows: f"PyGPT2 reaches {rows[alone]['ratio'][0] / workers:.0%} of workers × tiktoken alone" if {"PyGPT2", alone} <= rows.keys() else "")
+    yield Case(
+        f"data, {megabytes:.0f} MB of Python sources in parquet, {workers} workers",
+        "MB",
+        megabytes,
+        {
+            "PyGPT2": (prepare_ours, *run),
+            "one document a task, as build-nanogpt does": (prepare_plain, *run),
+            alone: (tiktoken_alone, file),
+        },
+        remark=lambda rows: (
+            f"PyGPT2 reaches {rows[alone]['ratio'][0] / workers:.0%} of workers × tiktoken alone"
+            if {"PyGPT2", alone} <= rows.keys()
+            else ""
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- load
 
-LOAD = {"PyGPT2": "import sys, torch; from model import GPT; forward = GPT.from_pretrained(sys.argv[1])",
-        "transformers": "import sys, torch; from transformers import GPT2LMHeadModel; model = GPT2LMHeadModel.from_pretrained(sys.argv[1]); "
-                        "forward = lambda idx: model.eval()(idx).logits"}
-SHOW_LOGITS = "; torch.set_grad_enabled(False); print(forward(torch.arange(8)[None])[0, -1, :50].tolist())"
+LOAD = {
+    "PyGPT2": "import sys, torch; from model import GPT; forward = GPT.from_pretrained(sys.argv[1])",
+    "transformers": "import sys, torch; from transformers import GPT2LMHeadModel; model = GPT2LMHeadModel.from_pretrained(sys.argv[1]); "
+    "forward = lambda idx: model.eval()(idx).logits",
+}
+SHOW_LOGITS = (
+    "; torch.set_grad_enabled(False); print(forward(torch.arange(8)[None])[0, -1, :50].tolist())"
+)
 
 
 def fresh_process(code_or_script: list[str], check: str = "") -> Ready:
     """A round is a whole Python process. check: code to append once that prints the outputs."""
+
     def run(*arguments: str) -> str:
-        process = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+        process = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
         if process.returncode:
             fault = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise (ImportError if "ModuleNotFoundError" in fault else RuntimeError)(fault)
@@ -664,26 +966,52 @@ def fresh_process(code_or_script: list[str], check: str = "") -> Ready:
 
 def load(setting: Setting) -> Iterator[Case]:
     folder = setting.weights()
-    yield Case("load 124M, float32 on the CPU, a fresh process with its imports", "loads", 1,
-               {name: (fresh_process, ["-c", code, folder], SHOW_LOGITS) for name, code in LOAD.items()}, tolerance=1e-4)
+    yield Case(
+        "load 124M, float32 on the CPU, a fresh process with its imports",
+        "loads",
+        1,
+        {name: (fresh_process, ["-c", code, folder], SHOW_LOGITS) for name, code in LOAD.items()},
+        tolerance=1e-4,
+    )
     if setting.device == "cuda":  # start-up is the CPU's
         return
     scripts = ("train_gpt2.py", "sample.py", "hellaswag.py", "fineweb.py")
-    commands = {"import torch": ["-c", "import torch"]} | {f"{script} --help": [script, "--help"] for script in scripts}
-    yield Case("start-up beside torch alone, a fresh process", "starts", 1, {name: (fresh_process, command) for name, command in commands.items()})
+    commands = {"import torch": ["-c", "import torch"]} | {
+        f"{script} --help": [script, "--help"] for script in scripts
+    }
+    yield Case(
+        "start-up beside torch alone, a fresh process",
+        "starts",
+        1,
+        {name: (fresh_process, command) for name, command in commands.items()},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-SUBJECTS = {"train": train, "growth": growth, "sample": sample, "hellaswag": hellaswag, "data": data, "load": load}
+SUBJECTS = {
+    "train": train,
+    "growth": growth,
+    "sample": sample,
+    "hellaswag": hellaswag,
+    "data": data,
+    "load": load,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("subject", choices=[*SUBJECTS, "all"])
     parser.add_argument("--rounds", type=int, help="times that each contender works (5; on CUDA 3)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of matrix products; auto: bfloat16 where the hardware has it")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of matrix products; auto: bfloat16 where the hardware has it",
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--tiny", action="store_true", help="the sizes of the tests: does it run?")
     args = parser.parse_args()
@@ -693,8 +1021,13 @@ def main() -> None:
         raise UserError(f"--rounds {rounds}", expected="1 or more", remedy="5 is a good start")
     dtype = str(runtime.choose_dtype(args.dtype, device)).removeprefix("torch.")
     now, here, results = datetime.now(timezone.utc), machine(device.type), []
-    heading = (f"`{' '.join(['python', *sys.argv])}`, {now:%Y-%m-%d %H:%M} UTC, {here['gpu'] or here['cpu']}, {here['threads']} threads, "
-               + ", ".join(f"{name} {number or 'not installed'}" for name, number in here["versions"].items()) + "\n")
+    heading = (
+        f"`{' '.join(['python', *sys.argv])}`, {now:%Y-%m-%d %H:%M} UTC, {here['gpu'] or here['cpu']}, {here['threads']} threads, "
+        + ", ".join(
+            f"{name} {number or 'not installed'}" for name, number in here["versions"].items()
+        )
+        + "\n"
+    )
     file = args.json
     if args.subject == "all" and not file:
         file = Path("bench") / f"{now:%Y-%m-%dT%H%M%SZ}" / "all.json"
@@ -706,12 +1039,31 @@ def main() -> None:
                 results.append({"subject": name} | run_case(case, rounds))
                 print(table(results[-1]), flush=True)
                 if file:  # after each case: what is measured stays, whatever comes
-                    file.write_text(json.dumps({"command": sys.argv, "date": now.isoformat(), "dtype": dtype, "machine": here, "results": results}, indent=2))
+                    file.write_text(
+                        json.dumps(
+                            {
+                                "command": sys.argv,
+                                "date": now.isoformat(),
+                                "dtype": dtype,
+                                "machine": here,
+                                "results": results,
+                            },
+                            indent=2,
+                        )
+                    )
                     file.with_suffix(".md").write_text("\n".join([heading, *map(table, results)]))
-    faults = [f"{result['title']}: {name}: {row['fault']}" for result in results for name, row in result["rows"].items()
-              if row["fault"] and not row["fault"].startswith("not installed")]
+    faults = [
+        f"{result['title']}: {name}: {row['fault']}"
+        for result in results
+        for name, row in result["rows"].items()
+        if row["fault"] and not row["fault"].startswith("not installed")
+    ]
     if faults:
-        raise UserError("; ".join(faults), expected="equal outputs and no failures", remedy="see what was printed above")
+        raise UserError(
+            "; ".join(faults),
+            expected="equal outputs and no failures",
+            remedy="see what was printed above",
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Loss and HellaSwag curves of one or several runs, from their log.jsonl.
 
-    python plot.py runs/gpt2 runs/gpt2-2 --out curves.png
+python plot.py runs/gpt2 runs/gpt2-2 --out curves.png
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from script import UserError, parse_flags, run_script
+from cli import UserError, parse_flags, run_script
 
 # OpenAI's GPT-2 by number of layers: HellaSwag acc_norm, completion style (build-nanogpt for 124M and XL, llm.c for the
 # two between), and the loss of the 124M model on FineWeb-Edu's validation shard (build-nanogpt).
@@ -24,7 +24,9 @@ def read_log(run: Path) -> dict[str, dict[str, list]]:
     try:
         lines = (run / "log.jsonl").read_text().splitlines()
     except FileNotFoundError:
-        raise UserError(f"{run}/log.jsonl: not there", expected="a run directory", remedy="name one below runs/") from None
+        raise UserError(
+            f"{run}/log.jsonl: not there", expected="a run directory", remedy="name one below runs/"
+        ) from None
     for line in lines:
         entry = json.loads(line)
         columns = events.setdefault(entry["event"], {})
@@ -47,33 +49,72 @@ def draw_curves(runs: list[Path], file: Path) -> None:
             tokens, loss = (np.array(log["train"][key]) for key in ("tokens", "loss"))
             n = max(1, len(loss) // 100)  # steps in a mean
             means = np.convolve(loss, np.full(n, 1 / n), "valid")
-            settled += means[len(means) // 20:].tolist()
+            settled += means[len(means) // 20 :].tolist()
             axes[0].plot(tokens, loss, color=color, alpha=0.15, linewidth=0.6)
-            axes[0].plot(tokens[n - 1:], means, color=color, alpha=0.55, linewidth=1, label=f"{name}training" + f", mean of {n} steps" * (n > 1))
+            axes[0].plot(
+                tokens[n - 1 :],
+                means,
+                color=color,
+                alpha=0.55,
+                linewidth=1,
+                label=f"{name}training" + f", mean of {n} steps" * (n > 1),
+            )
         if "eval" in log:
             last = log["eval"]["val_loss"][-1]
-            axes[0].plot(log["eval"]["tokens"], log["eval"]["val_loss"], color=color, linewidth=1.6, marker=".", label=f"{name}validation ({last:.3f})")
+            axes[0].plot(
+                log["eval"]["tokens"],
+                log["eval"]["val_loss"],
+                color=color,
+                linewidth=1.6,
+                marker=".",
+                label=f"{name}validation ({last:.3f})",
+            )
         if "hellaswag" in log:
             acc = [100 * x for x in log["hellaswag"]["acc_norm"]]
-            axes[1].plot(log["hellaswag"]["tokens"], acc, color=color, linewidth=1.6, marker=".", label=f"{name}acc_norm ({acc[-1]:.2f})")
+            axes[1].plot(
+                log["hellaswag"]["tokens"],
+                acc,
+                color=color,
+                linewidth=1.6,
+                marker=".",
+                label=f"{name}acc_norm ({acc[-1]:.2f})",
+            )
     for ax in axes:
         ax.set_xlabel("training tokens")
         ax.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss (nats per token)")
-    if settled:  # the first steps fall from ln V; showing them whole would flatten all that comes after
+    if (
+        settled
+    ):  # the first steps fall from ln V; showing them whole would flatten all that comes after
         low, high = min(settled), max(settled)
         axes[0].set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low) + 1e-3)
     if panels == 2:
         axes[1].set_ylabel("HellaSwag acc_norm (%), completion style")
         axes[1].axhline(25, color="grey", linewidth=0.8, linestyle=":", label="chance (25)")
-    configs = [json.loads((run / "train.json").read_text()) for run in runs if (run / "train.json").exists()]
+    configs = [
+        json.loads((run / "train.json").read_text())
+        for run in runs
+        if (run / "train.json").exists()
+    ]
     for layers in sorted({c["n_layer"] for c in configs if c["data"] == "edu_fineweb10B"}):
         if loss := OPENAI_FINEWEB_EDU_LOSS.get(layers):
-            axes[0].axhline(loss, color="black", linewidth=0.8, linestyle="--", label=f"OpenAI GPT-2, same size ({loss})")
+            axes[0].axhline(
+                loss,
+                color="black",
+                linewidth=0.8,
+                linestyle="--",
+                label=f"OpenAI GPT-2, same size ({loss})",
+            )
         if panels == 2 and (acc := OPENAI_HELLASWAG.get(layers)):
-            axes[1].axhline(acc, color="black", linewidth=0.8, linestyle="--", label=f"OpenAI GPT-2, same size ({acc})")
+            axes[1].axhline(
+                acc,
+                color="black",
+                linewidth=0.8,
+                linestyle="--",
+                label=f"OpenAI GPT-2, same size ({acc})",
+            )
     for ax in axes:
         if ax.has_data():
             ax.legend(frameon=False, fontsize=8)
@@ -97,7 +138,11 @@ class PlotConfig:
 def main() -> None:
     config = parse_flags(PlotConfig, PlotConfig(), __doc__)
     if not config.runs:
-        raise UserError("no runs named", expected="one or more run directories", remedy="for example python plot.py runs/first-run")
+        raise UserError(
+            "no runs named",
+            expected="one or more run directories",
+            remedy="for example python plot.py runs/first-run",
+        )
     draw_curves(list(config.runs), config.out)
     print(config.out)
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from script import UserError
+from cli import UserError
+from files import file_sha256, write_file
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 END_OF_TEXT = "<|endoftext|>"
@@ -27,28 +28,47 @@ SUFFIXES = (".bin", ".npy", ".ds")  # of token files: llm.c and ours, build-nano
 
 # ---------------------------------------------------------------------------------------------------- encodings
 
-ENCODINGS = {"gpt2": 50257, "bytes": 257}  # and the size of their vocabularies, <|endoftext|> included
+ENCODINGS = {
+    "gpt2": 50257,
+    "bytes": 257,
+}  # and the size of their vocabularies, <|endoftext|> included
 
 
 @functools.cache
 def get_encoding(name: str) -> tiktoken.Encoding:
     """`gpt2`, or `bytes`: ids 0-255 are the bytes themselves, 256 is <|endoftext|>."""
     if name == "bytes":
-        return tiktoken.Encoding(name="bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={END_OF_TEXT: 256})
+        return tiktoken.Encoding(
+            name="bytes",
+            pat_str=r"(?s:.)",
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={END_OF_TEXT: 256},
+        )
     if name != "gpt2":
-        raise UserError(f"encoding {name!r}", expected=f"one of {', '.join(ENCODINGS)}", remedy="choose one of them")
+        raise UserError(
+            f"encoding {name!r}",
+            expected=f"one of {', '.join(ENCODINGS)}",
+            remedy="choose one of them",
+        )
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
-        raise UserError(f"the gpt2 vocabulary could not be fetched ({type(error).__name__})", expected="a connection or a filled cache",
-                        remedy="connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's gpt2 files, or prepare bytes: --tokenizer bytes") from None
+        raise UserError(
+            f"the gpt2 vocabulary could not be fetched ({type(error).__name__})",
+            expected="a connection or a filled cache",
+            remedy="connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's gpt2 files, or prepare bytes: --tokenizer bytes",
+        ) from None
 
 
 @functools.cache
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     """Length in bytes of each token's text, (n_vocab,); 0 for <|endoftext|>, which stands for no text."""
-    return np.array([0 if i == encoding.eot_token else len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
+    return np.array(
+        [
+            0 if i == encoding.eot_token else len(encoding.decode_single_token_bytes(i))
+            for i in range(encoding.n_vocab)
+        ]
+    )
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: str | os.PathLike) -> None:
@@ -72,58 +92,44 @@ def _gpt2_tokenizer_files() -> dict[str, str]:
     vocab, merges = {}, ["#version: 0.2"]
     for token, rank in ranks.items():
         vocab["".join(shown[b] for b in token)] = rank
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # what the earlier merges make of this token are the two parts that its own merge joins
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while (
+            len(parts) > 2
+        ):  # what the earlier merges make of this token are the two parts that its own merge joins
             i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append(" ".join("".join(shown[b] for b in part) for part in parts))
     vocab[END_OF_TEXT] = encoding.eot_token
-    return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(merges) + "\n"}
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "\n".join(merges) + "\n",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- shards
+
 
 def write_shard(file: Path, tokens: np.ndarray) -> dict:
     """Write one shard, whole and on disk before it gets its name; returns its manifest entry."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    digest = _write(file, header.tobytes(), tokens.astype("<u2", copy=False).data)
+    digest = write_file(file, header.tobytes(), tokens.astype("<u2", copy=False).data)
     return {"name": file.name, "tokens": len(tokens), "sha256": digest}
-
-
-def _write(file: Path, *parts: bytes | memoryview) -> str:
-    """Write a file that has its name only once it is whole and on disk; returns its sha256."""
-    temporary, digest = file.with_name(file.name + ".tmp"), hashlib.sha256()
-    try:
-        with open(temporary, "wb") as f:
-            for part in parts:
-                f.write(part)
-                digest.update(part)
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as error:  # a full disk does not say which file it was
-        raise OSError(error.errno, error.strerror, str(file)) from None
-    os.replace(temporary, file)
-    folder = os.open(file.parent, os.O_RDONLY)  # the new name is on disk only when its directory is
-    os.fsync(folder)
-    os.close(folder)
-    return digest.hexdigest()
 
 
 def adopt_shard(download: Path, file: Path, sha256: str | None) -> dict:
     """Give a downloaded shard its name once it is known to be right; returns its manifest entry."""
     shard = Shard.open(download)
-    digest = _sha256(download)
+    digest = file_sha256(download)
     if sha256 not in (digest, None):
-        raise UserError(f"{file}: sha256 {digest}", expected=sha256, remedy="the download was damaged: run the same command again")
+        raise UserError(
+            f"{file}: sha256 {digest}",
+            expected=sha256,
+            remedy="the download was damaged: run the same command again",
+        )
     os.replace(download, file)
     return {"name": file.name, "tokens": shard.count, "sha256": digest}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,11 @@ class Shard:
     def open(cls, path: Path) -> "Shard":
         """Check the header and size of a .bin, .npy or .ds file without reading its tokens."""
         if not path.is_file():  # a directory, FIFO or dangling link
-            raise UserError(f"{path}: not a regular file", expected="a token shard", remedy="remove it or prepare the data again")
+            raise UserError(
+                f"{path}: not a regular file",
+                expected="a token shard",
+                remedy="remove it or prepare the data again",
+            )
         size = path.stat().st_size
         if path.suffix == ".npy":
             offset, count = _npy_header(path)
@@ -147,12 +157,18 @@ class Shard:
         else:
             header = np.fromfile(path, dtype="<i4", count=3)
             if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
-                raise UserError(f"{path}: header {header.tolist()}", expected=f"a shard with magic {MAGIC} and version {VERSION}",
-                                remedy="prepare the data again with fineweb.py")
+                raise UserError(
+                    f"{path}: header {header.tolist()}",
+                    expected=f"a shard with magic {MAGIC} and version {VERSION}",
+                    remedy="prepare the data again with fineweb.py",
+                )
             offset, count = HEADER_BYTES, int(header[2])
         if count < 0 or size != offset + 2 * count:
-            raise UserError(f"{path}: {size:,} bytes", expected=f"{offset + 2 * count:,} bytes for {count:,} tokens",
-                            remedy="the file is truncated or damaged: prepare or fetch it again")
+            raise UserError(
+                f"{path}: {size:,} bytes",
+                expected=f"{offset + 2 * count:,} bytes for {count:,} tokens",
+                remedy="the file is truncated or damaged: prepare or fetch it again",
+            )
         return cls(path, offset, count)
 
 
@@ -161,12 +177,22 @@ def _npy_header(path: Path) -> tuple[int, int]:
     with open(path, "rb") as f:
         try:
             version = np.lib.format.read_magic(f)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, _, dtype = read(f)
         except ValueError as error:
-            raise UserError(f"{path}: {error}", expected="a .npy array of uint16", remedy="fetch the file again") from None
+            raise UserError(
+                f"{path}: {error}", expected="a .npy array of uint16", remedy="fetch the file again"
+            ) from None
         if dtype != np.dtype("<u2") or len(shape) != 1:
-            raise UserError(f"{path}: dtype {dtype}, shape {shape}", expected="one dimension of uint16", remedy="prepare the data again with fineweb.py")
+            raise UserError(
+                f"{path}: dtype {dtype}, shape {shape}",
+                expected="one dimension of uint16",
+                remedy="prepare the data again with fineweb.py",
+            )
         return f.tell(), shape[0]
 
 
@@ -177,8 +203,11 @@ def _ds_count(path: Path, size: int) -> int:
         return size // 2
     lines = metadata.read_text(errors="replace").splitlines()
     if len(lines) < 2 or not lines[0].endswith("|2") or not lines[1].isdecimal():
-        raise UserError(f"{metadata}: {lines[:2]}", expected="<tokenizer>|2, for tokens of 2 bytes, and their number",
-                        remedy="tokenise with gpt2, or remove the file if it is not of datatrove")
+        raise UserError(
+            f"{metadata}: {lines[:2]}",
+            expected="<tokenizer>|2, for tokens of 2 bytes, and their number",
+            remedy="tokenise with gpt2, or remove the file if it is not of datatrove",
+        )
     return int(lines[1])
 
 
@@ -205,10 +234,13 @@ class TokenArray:
         while start < stop:
             shard, end = self.shards[i], int(self.ends[i])
             first = start - (end - shard.count)
-            part = _map(shard)[first:first + min(stop, end) - start]
+            part = _map(shard)[first : first + min(stop, end) - start]
             if len(part) and part.max() >= self.vocab_size:
-                raise UserError(f"{shard.path}: token {part.max()} near position {first:,}", expected=f"tokens below {self.vocab_size}",
-                                remedy="the file is damaged or of another encoding: prepare it again")
+                raise UserError(
+                    f"{shard.path}: token {part.max()} near position {first:,}",
+                    expected=f"tokens below {self.vocab_size}",
+                    remedy="the file is damaged or of another encoding: prepare it again",
+                )
             parts.append(part)
             start, i = min(stop, end), i + 1
         return np.concatenate([np.empty(0, dtype=np.uint16), *parts])
@@ -225,6 +257,7 @@ class TokenArray:
 
 # ---------------------------------------------------------------------------------------------------- directories
 
+
 @dataclass(frozen=True)
 class TokenData:
     """A prepared corpus: its encoding, and its two splits."""
@@ -232,51 +265,87 @@ class TokenData:
     encoding: str
     train: TokenArray
     val: TokenArray
-    fingerprint: str  # of the manifest, or of names and sizes where there is none: what a run was trained on
+    fingerprint: (
+        str  # of the manifest, or of names and sizes where there is none: what a run was trained on
+    )
 
 
 def open_data(folder: str | os.PathLike) -> TokenData:
     """Open a data directory, ours or a foreign one; every header and size is checked against the manifest."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such data directory", expected="a directory of token shards", remedy="check --data, or prepare one with fineweb.py")
+        raise UserError(
+            f"{folder}: no such data directory",
+            expected="a directory of token shards",
+            remedy="check --data, or prepare one with fineweb.py",
+        )
     if (folder / "manifest.partial.json").exists():
-        raise UserError(f"{folder}: its preparation is not finished (manifest.partial.json)", expected="a finished data directory",
-                        remedy="run the same fineweb.py command again: it continues where it stopped")
+        raise UserError(
+            f"{folder}: its preparation is not finished (manifest.partial.json)",
+            expected="a finished data directory",
+            remedy="run the same fineweb.py command again: it continues where it stopped",
+        )
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
-        encoding, listed = manifest["encoding"], {entry["name"]: entry["tokens"] for entry in manifest["shards"]}
+        encoding, listed = (
+            manifest["encoding"],
+            {entry["name"]: entry["tokens"] for entry in manifest["shards"]},
+        )
         for name in sorted(listed.keys() ^ {file.name for file in files}):
-            found = "listed in manifest.json but missing" if name in listed else "not listed in manifest.json"
-            raise UserError(f"{folder / name}: {found}", expected="exactly the shards of the manifest", remedy="restore it, or prepare the data again")
+            found = (
+                "listed in manifest.json but missing"
+                if name in listed
+                else "not listed in manifest.json"
+            )
+            raise UserError(
+                f"{folder / name}: {found}",
+                expected="exactly the shards of the manifest",
+                remedy="restore it, or prepare the data again",
+            )
         shards = [Shard.open(folder / name) for name in listed]
         for shard in shards:
             if shard.count != listed[shard.path.name]:
-                raise UserError(f"{shard.path}: {shard.count:,} tokens", expected=f"{listed[shard.path.name]:,} tokens as manifest.json says",
-                                remedy="shards were swapped or damaged: prepare the data again")
+                raise UserError(
+                    f"{shard.path}: {shard.count:,} tokens",
+                    expected=f"{listed[shard.path.name]:,} tokens as manifest.json says",
+                    remedy="shards were swapped or damaged: prepare the data again",
+                )
         fingerprint = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     else:
-        encoding, shards = "gpt2", [Shard.open(file) for file in files]  # what all those projects use
-        fingerprint = hashlib.sha256(json.dumps([(s.path.name, s.count) for s in shards]).encode()).hexdigest()
+        encoding, shards = (
+            "gpt2",
+            [Shard.open(file) for file in files],
+        )  # what all those projects use
+        fingerprint = hashlib.sha256(
+            json.dumps([(s.path.name, s.count) for s in shards]).encode()
+        ).hexdigest()
     val = [shard for shard in shards if re.search(r"(^|_)val(_\d+)?\.\w+$", shard.path.name)]
     train = [shard for shard in shards if shard not in val]
     if not val and len(shards) == 1:  # as of every small corpus, the last tenth validates
         cut = shards[0].count - shards[0].count // 10
-        train, val = [replace(shards[0], count=cut)], [replace(shards[0], offset=shards[0].offset + 2 * cut, count=shards[0].count - cut)]
+        train, val = (
+            [replace(shards[0], count=cut)],
+            [replace(shards[0], offset=shards[0].offset + 2 * cut, count=shards[0].count - cut)],
+        )
     elif not val:  # datatrove does not name splits: as everywhere, the first shard validates
         train, val = shards[1:], shards[:1]
     if not train:
-        raise UserError(f"{folder}: {len(files)} token shards", expected="at least one for training and one for validation",
-                        remedy=f"prepare them with fineweb.py, or name texts: --data '{folder}/*.txt'")
+        raise UserError(
+            f"{folder}: {len(files)} token shards",
+            expected="at least one for training and one for validation",
+            remedy=f"prepare them with fineweb.py, or name texts: --data '{folder}/*.txt'",
+        )
     vocab_size = ENCODINGS[encoding]
-    return TokenData(encoding, TokenArray(train, vocab_size), TokenArray(val, vocab_size), fingerprint)
+    return TokenData(
+        encoding, TokenArray(train, vocab_size), TokenArray(val, vocab_size), fingerprint
+    )
 
 
 def write_manifest(folder: Path, manifest: dict, partial: bool = False) -> None:
     """Put the manifest in place: the partial one after each shard, the final one, which ends it, after the last."""
     file = folder / ("manifest.partial.json" if partial else "manifest.json")
-    _write(file, json.dumps(manifest, indent=1).encode())
+    write_file(file, json.dumps(manifest, indent=1).encode())
     if not partial:
         (folder / "manifest.partial.json").unlink(missing_ok=True)
 
@@ -290,7 +359,11 @@ def read_manifest(folder: Path, partial: bool = False) -> dict:
         if manifest["encoding"] not in ENCODINGS:
             raise ValueError(f"encoding {manifest['encoding']!r}")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: {type(error).__name__}: {error}", expected="a manifest written by fineweb.py", remedy="prepare the data again") from None
+        raise UserError(
+            f"{file}: {type(error).__name__}: {error}",
+            expected="a manifest written by fineweb.py",
+            remedy="prepare the data again",
+        ) from None
     return manifest
 
 
@@ -298,9 +371,12 @@ def verify_shards(folder: Path, manifest: dict) -> None:
     """Check size and sha256 of every shard in the manifest."""
     for entry in manifest["shards"]:
         shard = Shard.open(folder / entry["name"])
-        if (shard.count, _sha256(shard.path)) != (entry["tokens"], entry["sha256"]):
-            raise UserError(f"{shard.path}: {shard.count:,} tokens, contents changed", expected=f"{entry['tokens']:,} tokens of sha256 {entry['sha256']}",
-                            remedy="the file is damaged or was replaced: restore it, or prepare into a new directory")
+        if (shard.count, file_sha256(shard.path)) != (entry["tokens"], entry["sha256"]):
+            raise UserError(
+                f"{shard.path}: {shard.count:,} tokens, contents changed",
+                expected=f"{entry['tokens']:,} tokens of sha256 {entry['sha256']}",
+                remedy="the file is damaged or was replaced: restore it, or prepare into a new directory",
+            )
 
 
 def verify(folder: Path) -> int:
@@ -315,6 +391,7 @@ def verify(folder: Path) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- training order
+
 
 def training_windows(first: int, count: int, num_windows: int, seed: int) -> np.ndarray:
     """Window indices of training samples first … first+count-1, int64 (count,).

@@ -31,8 +31,20 @@ def broken() -> Ready:
 
 def test_outputs_are_compared_before_anything_is_timed_and_faults_leave_empty_rows(tmp_path):
     log = tmp_path / "log"
-    contenders = {name: (contender, value, log, name) for name, value in {"A": 1, "B": 1.01, "C": 1.2}.items()}
-    result = run_case(Case("case", "x", 6, contenders | {"D": (not_installed,), "E": (broken,)}, tolerance=0.1, together=True), rounds=3)
+    contenders = {
+        name: (contender, value, log, name) for name, value in {"A": 1, "B": 1.01, "C": 1.2}.items()
+    }
+    result = run_case(
+        Case(
+            "case",
+            "x",
+            6,
+            contenders | {"D": (not_installed,), "E": (broken,)},
+            tolerance=0.1,
+            together=True,
+        ),
+        rounds=3,
+    )
     rows = result["rows"]
     assert log.read_text() == "ABABAB"  # in turn, and only those that agree
     assert rows["B"]["rate"] == pytest.approx(6 / np.median(rows["B"]["all_seconds"]))
@@ -46,16 +58,26 @@ def test_outputs_are_compared_before_anything_is_timed_and_faults_leave_empty_ro
 def test_peers_give_our_outputs(gpt2_vocabulary, tmp_path, subject):
     """In this process, without the compiled ones: each costs a minute of compiling."""
     case = next(bench.SUBJECTS[subject](Setting("cpu", "float32", tmp_path, tiny=True)))
-    outputs = {name: what[0](*what[1:]).output for name, what in case.contenders.items() if "compiled" not in name}
+    outputs = {
+        name: what[0](*what[1:]).output
+        for name, what in case.contenders.items()
+        if "compiled" not in name
+    }
     first, *others = outputs.values()
-    assert others and all(np.all(case.difference(other, first) <= case.tolerance) for other in others)
+    assert others and all(
+        np.all(case.difference(other, first) <= case.tolerance) for other in others
+    )
     wrong = np.roll(first, 1, axis=1) if subject == "sample" else first + 1
     assert not np.all(case.difference(wrong, first) <= case.tolerance)
 
 
 def test_command_line_measures_data_and_writes_json(gpt2_vocabulary, tmp_path):
     file = tmp_path / "data.json"
-    done = subprocess.run([sys.executable, ROOT / "bench.py", "data", "--tiny", "--rounds", "1", "--json", file], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench.py", "data", "--tiny", "--rounds", "1", "--json", file],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     assert figures["machine"]["versions"]["torch"] and figures["date"]

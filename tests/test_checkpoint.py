@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
+import run_directory
+from cli import UserError
+from files import locked
 from model import GPT, GPTConfig, NextTokenLoss
-from script import UserError, locked
 from tokens import get_encoding
 
 CONFIG = GPTConfig(2, 2, 32, 32, 257)
@@ -31,7 +32,7 @@ def trained(steps: int = 2) -> tuple[GPT, torch.optim.AdamW]:
 
 def save(run: Path, step: int) -> Path:
     model, optimizer = trained()
-    return checkpoint.save_step(run, step, model, BYTES, optimizer, {})
+    return run_directory.save_step(run, step, model, BYTES, optimizer, {})
 
 
 @pytest.fixture
@@ -42,13 +43,16 @@ def run(tmp_path) -> Path:
 
 def test_weights_and_moments_come_back_to_the_last_bit(run):
     model, optimizer = trained()
-    folder = checkpoint.save_step(run, 2, model, BYTES, optimizer, {})
+    folder = run_directory.save_step(run, 2, model, BYTES, optimizer, {})
     again = GPT.from_pretrained(folder)
     fresh = torch.optim.AdamW(again.parameters(), fused=True)
-    checkpoint.load_optimizer(folder, 2, again, fresh)
+    run_directory.load_optimizer(folder, 2, again, fresh)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
-        assert all(torch.equal(optimizer.state[p][key], fresh.state[q][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+        assert all(
+            torch.equal(optimizer.state[p][key], fresh.state[q][key])
+            for key in ("exp_avg", "exp_avg_sq", "step")
+        )
 
 
 def test_a_step_is_there_whole_or_not_at_all(run, monkeypatch):
@@ -56,26 +60,35 @@ def test_a_step_is_there_whole_or_not_at_all(run, monkeypatch):
     save(run, 1)
     for function in ("fsync", "rename"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, function, lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patch.setattr(
+                os,
+                function,
+                lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+            )
             with pytest.raises(OSError):
                 save(run, 2)
-        assert [p.name for p in checkpoint.steps(run)] == ["step_000001"]
-    checkpoint.clean(run)
+        assert [p.name for p in run_directory.steps(run)] == ["step_000001"]
+    run_directory.clean(run)
     assert {p.name for p in run.iterdir()} == {"train.json", "step_000001"}
 
 
-@pytest.mark.parametrize("damage", [
-    lambda step: (step / "model.safetensors").write_bytes(b""),
-    lambda step: (step / "optimizer.safetensors").unlink(),
-    lambda step: (step / "manifest.json").unlink(),
-    lambda step: (step / "manifest.json").write_text("{"),
-    lambda step: (step / "state.json").write_text((step / "state.json").read_text().replace("2", "3")),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: (step / "model.safetensors").write_bytes(b""),
+        lambda step: (step / "optimizer.safetensors").unlink(),
+        lambda step: (step / "manifest.json").unlink(),
+        lambda step: (step / "manifest.json").write_text("{"),
+        lambda step: (step / "state.json").write_text(
+            (step / "state.json").read_text().replace("2", "3")
+        ),
+    ],
+)
 def test_any_damage_is_seen_and_the_step_before_is_used(run, damage):
     save(run, 1)
     damage(save(run, 2))
     warnings = []
-    assert checkpoint.newest_valid(run, warnings.append).name == "step_000001"
+    assert run_directory.newest_valid(run, warnings.append).name == "step_000001"
     assert "step_000002" in warnings[0]
 
 
@@ -83,8 +96,12 @@ def test_pruning_spares_the_best(run):
     for step in (1, 2, 3, 4):
         save(run, step)
     (run / "best.json").write_text('{"step": 1}')
-    checkpoint.prune(run, 2)
-    assert [p.name for p in checkpoint.steps(run)] == ["step_000001", "step_000003", "step_000004"]
+    run_directory.prune(run, 2)
+    assert [p.name for p in run_directory.steps(run)] == [
+        "step_000001",
+        "step_000003",
+        "step_000004",
+    ]
 
 
 def test_files_follow_the_umask(run):
@@ -98,10 +115,10 @@ def test_files_follow_the_umask(run):
 
 def test_model_is_found_in_a_run_a_step_or_the_newest_run(run, tmp_path, monkeypatch):
     save(run, 1), save(run, 2)
-    assert checkpoint.load_model(str(run))[2] == str(run / "step_000002")
-    assert checkpoint.load_model(str(run / "step_000001"))[2] == str(run / "step_000001")
+    assert run_directory.load_model(str(run))[2] == str(run / "step_000002")
+    assert run_directory.load_model(str(run / "step_000001"))[2] == str(run / "step_000001")
     (run / "best.json").write_text('{"step": 1}')
-    assert checkpoint.load_model(str(run))[2] == str(run / "step_000001")
+    assert run_directory.load_model(str(run))[2] == str(run / "step_000001")
     for name, time in (("old", 1), ("new", 2)):
         other = tmp_path / "runs" / name
         other.mkdir(parents=True)
@@ -110,13 +127,13 @@ def test_model_is_found_in_a_run_a_step_or_the_newest_run(run, tmp_path, monkeyp
         save(other, 7)
         os.utime(other / "log.jsonl", (time, time))
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.load_model(None)[2] == "runs/new/step_000007"
+    assert run_directory.load_model(None)[2] == "runs/new/step_000007"
 
 
 def test_without_runs_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="train_gpt2.py"):
-        checkpoint.load_model(None)
+        run_directory.load_model(None)
 
 
 def test_a_state_from_the_future_is_refused(run):
@@ -124,12 +141,14 @@ def test_a_state_from_the_future_is_refused(run):
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"schema": 99}))
     with pytest.raises(UserError, match="schema 99"):
-        checkpoint.read_state(folder)
+        run_directory.read_state(folder)
 
 
 def test_a_second_process_is_refused_by_name(tmp_path):
-    code = "import sys; from pathlib import Path; from script import locked, run_script\n" \
-           "def main():\n    with locked(Path(sys.argv[1])): pass\nrun_script(main)"
+    code = (
+        "import sys; from pathlib import Path; from cli import run_script; from files import locked\n"
+        "def main():\n    with locked(Path(sys.argv[1])): pass\nrun_script(main)"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with locked(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, SHARED
 
 import hellaswag
-from conftest import ROOT, SHARED
 from hellaswag import Item, UserError, evaluate, fetch, load_items
 from model import GPT, GPTConfig, NextTokenLoss
 from runtime import Runtime
@@ -40,7 +40,9 @@ def make_items(n: int, longest: int = 40) -> list[Item]:
         a, b = text(3, longest), text(1, 4) if i % 3 else ""
         if i % 4 == 0:
             a = f"[header] How to {a} [title] {text(2, 5)}. [step]"
-        endings = tuple(text(1, 14) + (" [title] " + text(1, 5) if k == i % 5 else "") for k in range(4))
+        endings = tuple(
+            text(1, 14) + (" [title] " + text(1, 5) if k == i % 5 else "") for k in range(4)
+        )
         items.append(Item(f"{a} {b}".strip(), endings, int(rng.integers(4)), text(1, 3), a, b))
     return items
 
@@ -53,9 +55,22 @@ def write(items: list[Item], file: Path) -> Path:
 
 def tiny(vocab_size: int = 257, block_size: int = 1024, dropout: float = 0.0) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=block_size, vocab_size=vocab_size, dropout=dropout)).eval()
-    for parameter in model.parameters():  # far from uniform predictions, so that parity means something
-        parameter.data.mul_(5) if parameter.dim() == 2 else parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model = GPT(
+        GPTConfig(
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            block_size=block_size,
+            vocab_size=vocab_size,
+            dropout=dropout,
+        )
+    ).eval()
+    for (
+        parameter
+    ) in model.parameters():  # far from uniform predictions, so that parity means something
+        parameter.data.mul_(5) if parameter.dim() == 2 else parameter.data.add_(
+            0.1 * torch.randn_like(parameter)
+        )
     return model
 
 
@@ -67,8 +82,10 @@ def plain(model: GPT, encoding, items: list[Item]) -> tuple[np.ndarray, np.ndarr
         context = encoding.encode_ordinary(item.ctx)
         for ending in item.endings:
             tokens = encoding.encode_ordinary(" " + ending)
-            whole = torch.tensor((context + tokens)[-(model.config.block_size + 1):])
-            loss = F.cross_entropy(model(whole[None, :-1])[0], whole[1:], reduction="none")[-len(tokens):]
+            whole = torch.tensor((context + tokens)[-(model.config.block_size + 1) :])
+            loss = F.cross_entropy(model(whole[None, :-1])[0], whole[1:], reduction="none")[
+                -len(tokens) :
+            ]
             sums.append(-loss.sum().item())
             means.append(-loss.mean().item())
     return np.array(sums).reshape(-1, 4), np.array(means).reshape(-1, 4)
@@ -76,7 +93,10 @@ def plain(model: GPT, encoding, items: list[Item]) -> tuple[np.ndarray, np.ndarr
 
 # ---------------------------------------------------------------------------------------------------- parity
 
-@pytest.mark.parametrize("block_size", [1024, 96])  # the second cuts contexts, differently for each ending
+
+@pytest.mark.parametrize(
+    "block_size", [1024, 96]
+)  # the second cuts contexts, differently for each ending
 def test_completion_style_is_the_plain_scorer(block_size):
     model, items = tiny(block_size=block_size), make_items(12)
     result = evaluate(model, get_encoding("bytes"), items, "completion", CPU)
@@ -84,7 +104,10 @@ def test_completion_style_is_the_plain_scorer(block_size):
     labels = [item.label for item in items]
     np.testing.assert_allclose(result.log_p, sums, atol=1e-3)
     np.testing.assert_allclose(result.log_p_norm, means, atol=1e-4)
-    assert (result.acc, result.acc_norm) == ((sums.argmax(1) == labels).mean(), (means.argmax(1) == labels).mean())
+    assert (result.acc, result.acc_norm) == (
+        (sums.argmax(1) == labels).mean(),
+        (means.argmax(1) == labels).mean(),
+    )
 
 
 def test_completion_style_on_real_items(gpt2_vocabulary):
@@ -94,7 +117,9 @@ def test_completion_style_on_real_items(gpt2_vocabulary):
     result = evaluate(model, get_encoding("gpt2"), items, "completion", CPU)
     sums, means = plain(model, get_encoding("gpt2"), items)
     np.testing.assert_allclose(result.log_p, sums, atol=1e-3)
-    assert (result.log_p.argmax(1) == sums.argmax(1)).all() and (result.log_p_norm.argmax(1) == means.argmax(1)).all()
+    assert (result.log_p.argmax(1) == sums.argmax(1)).all() and (
+        result.log_p_norm.argmax(1) == means.argmax(1)
+    ).all()
 
 
 @pytest.mark.parametrize("block_size", [1024, 48])
@@ -112,16 +137,40 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, gpt2_vocabulary, block
     model.save_pretrained(tmp_path / "model", bos_token_id=50256, eos_token_id=50256)
     base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken names its cached files by the address
     for theirs, ours in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
-        shutil.copy(Path(os.environ["TIKTOKEN_CACHE_DIR"]) / hashlib.sha1((base + theirs).encode()).hexdigest(), tmp_path / "model" / ours)
-    lm = HFLM(pretrained=str(tmp_path / "model"), tokenizer=GPT2TokenizerFast.from_pretrained(tmp_path / "model"), device="cpu", dtype="float32", batch_size=8)
-    task = ConfigurableTask(config={  # lm-eval's hellaswag.yaml, reading our file
-        "task": "hellaswag", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(file)}, "cache_dir": str(tmp_path)},
-        "output_type": "multiple_choice", "validation_split": "validation", "process_docs": process_docs,
-        "doc_to_text": "{{query}}", "doc_to_target": "{{label}}", "doc_to_choice": "choices",
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]})
+        shutil.copy(
+            Path(os.environ["TIKTOKEN_CACHE_DIR"])
+            / hashlib.sha1((base + theirs).encode()).hexdigest(),
+            tmp_path / "model" / ours,
+        )
+    lm = HFLM(
+        pretrained=str(tmp_path / "model"),
+        tokenizer=GPT2TokenizerFast.from_pretrained(tmp_path / "model"),
+        device="cpu",
+        dtype="float32",
+        batch_size=8,
+    )
+    task = ConfigurableTask(
+        config={  # lm-eval's hellaswag.yaml, reading our file
+            "task": "hellaswag",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"validation": str(file)}, "cache_dir": str(tmp_path)},
+            "output_type": "multiple_choice",
+            "validation_split": "validation",
+            "process_docs": process_docs,
+            "doc_to_text": "{{query}}",
+            "doc_to_target": "{{label}}",
+            "doc_to_choice": "choices",
+            "metric_list": [
+                {"metric": name, "aggregation": "mean", "higher_is_better": True}
+                for name in ("acc", "acc_norm")
+            ],
+        }
+    )
     theirs = harness(lm, {"hellaswag": task}, log_samples=True, bootstrap_iters=0)
     samples = sorted(theirs["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
-    log_p = np.array([[resp[0] for resp in sample["filtered_resps"]] for sample in samples], dtype=float)
+    log_p = np.array(
+        [[resp[0] for resp in sample["filtered_resps"]] for sample in samples], dtype=float
+    )
 
     result = evaluate(model, get_encoding("gpt2"), items, "harness", CPU)
     np.testing.assert_allclose(result.log_p, log_p, atol=1e-3)
@@ -131,9 +180,13 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, gpt2_vocabulary, block
 
 # ---------------------------------------------------------------------------------------------------- the same however it runs
 
+
 def test_batch_size_changes_no_score():
     model, items = tiny(), make_items(20)
-    results = [evaluate(model, get_encoding("bytes"), items, rt=CPU, batch_tokens=n).log_p for n in (1, 1000, 10**6)]
+    results = [
+        evaluate(model, get_encoding("bytes"), items, rt=CPU, batch_tokens=n).log_p
+        for n in (1, 1000, 10**6)
+    ]
     np.testing.assert_allclose(results[0], results[1], atol=1e-4)
     np.testing.assert_allclose(results[0], results[2], atol=1e-4)
 
@@ -145,16 +198,45 @@ def test_ranks_share_the_items_and_agree(tmp_path, world_size):
     file = write(make_items(70), tmp_path / "items.jsonl")
 
     def run(launcher, name):
-        command = [sys.executable, *launcher, "hellaswag.py", "--model", tmp_path / "model", "--data", file, "--device", "cpu", "--dtype", "float32",
-                   "--show", "70", "--json", tmp_path / name]
-        ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            *launcher,
+            "hellaswag.py",
+            "--model",
+            tmp_path / "model",
+            "--data",
+            file,
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--show",
+            "70",
+            "--json",
+            tmp_path / name,
+        ]
+        ran = subprocess.run(
+            list(map(str, command)),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert ran.returncode == 0, ran.stderr
         scores = json.loads((tmp_path / name).read_text())
-        return [line for line in ran.stdout.splitlines() if " sum " in line], {k: v for k, v in scores.items() if "seconds" not in k and "per_" not in k}
+        return [line for line in ran.stdout.splitlines() if " sum " in line], {
+            k: v for k, v in scores.items() if "seconds" not in k and "per_" not in k
+        }
 
     alone = run([], "1.json")
     assert len(alone[0]) == 4 * 70 and alone[1]["items"] == 70
-    assert run(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"], "n.json") == alone
+    assert (
+        run(
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"],
+            "n.json",
+        )
+        == alone
+    )
 
 
 def test_evaluation_leaves_compiled_training_alone():
@@ -173,7 +255,9 @@ def test_evaluation_leaves_compiled_training_alone():
         return model.transformer.wte.weight.grad.clone()
 
     before = gradient()
-    bf16 = evaluate(model, get_encoding("bytes"), items, rt=replace(CPU, dtype=torch.bfloat16)).log_p
+    bf16 = evaluate(
+        model, get_encoding("bytes"), items, rt=replace(CPU, dtype=torch.bfloat16)
+    ).log_p
     fp32 = evaluate(model, get_encoding("bytes"), items, rt=CPU).log_p
     assert model.training and torch.equal(gradient(), before)
     assert np.array_equal(fp32, expected)
@@ -185,12 +269,29 @@ def test_evaluation_leaves_compiled_training_alone():
 GOOD = {"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1}
 
 
-@pytest.mark.parametrize("bad", [
-    "{", "[]", {**GOOD, "label": 4}, {**GOOD, "label": True}, {**GOOD, "endings": ["a", "b", "c"]}, {**GOOD, "endings": ["a", "b", " ", "d"]},
-    {**GOOD, "endings": "abcd"}, {**GOOD, "ctx": ""}, {**GOOD, "ctx_b": 3}, '{"ctx": "\\ud800", "endings": ["a", "b", "c", "d"], "label": 1}', b"\xff",
-], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{",
+        "[]",
+        {**GOOD, "label": 4},
+        {**GOOD, "label": True},
+        {**GOOD, "endings": ["a", "b", "c"]},
+        {**GOOD, "endings": ["a", "b", " ", "d"]},
+        {**GOOD, "endings": "abcd"},
+        {**GOOD, "ctx": ""},
+        {**GOOD, "ctx_b": 3},
+        '{"ctx": "\\ud800", "endings": ["a", "b", "c", "d"], "label": 1}',
+        b"\xff",
+    ],
+    ids=str,
+)
 def test_bad_line_is_named(tmp_path, bad):
-    line = bad if isinstance(bad, bytes) else (bad if isinstance(bad, str) else json.dumps(bad)).encode()
+    line = (
+        bad
+        if isinstance(bad, bytes)
+        else (bad if isinstance(bad, str) else json.dumps(bad)).encode()
+    )
     (tmp_path / "items.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
     with pytest.raises(UserError, match="items.jsonl:2: "):
         load_items(tmp_path / "items.jsonl")
@@ -208,10 +309,26 @@ def test_command_line_faults_exit_2(tmp_path):
     data = tmp_path / "run" / hellaswag.DATA
     data.parent.mkdir(parents=True)
     write(make_items(3), data)
-    command = [sys.executable, ROOT / "hellaswag.py", "--model", tmp_path / "model", "--device", "cpu"]
-    for flags, words in [(["--data", tmp_path / "items.jsonl", "--style", "harness"], "--style completion"), ([], "10,042")]:
-        ran = subprocess.run(list(map(str, command + flags)), cwd=tmp_path / "run", capture_output=True, text=True)
-        assert ran.returncode == 2 and words in ran.stderr.splitlines()[-1] and "Traceback" not in ran.stderr
+    command = [
+        sys.executable,
+        ROOT / "hellaswag.py",
+        "--model",
+        tmp_path / "model",
+        "--device",
+        "cpu",
+    ]
+    for flags, words in [
+        (["--data", tmp_path / "items.jsonl", "--style", "harness"], "--style completion"),
+        ([], "10,042"),
+    ]:
+        ran = subprocess.run(
+            list(map(str, command + flags)), cwd=tmp_path / "run", capture_output=True, text=True
+        )
+        assert (
+            ran.returncode == 2
+            and words in ran.stderr.splitlines()[-1]
+            and "Traceback" not in ran.stderr
+        )
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -229,7 +346,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(int(kind) if kind.isdigit() else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[:1000] if kind == "short" else body.replace(b"man", b"mam") if kind == "corrupt" else body)
+        self.wfile.write(
+            body[:1000]
+            if kind == "short"
+            else body.replace(b"man", b"mam")
+            if kind == "corrupt"
+            else body
+        )
 
     def log_message(self, *args):
         pass
@@ -241,11 +364,18 @@ def server(monkeypatch):
     monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield lambda file, kind: fetch(file, f"http://127.0.0.1:{server.server_port}/{kind}", len(Server.body), hashlib.sha256(Server.body).hexdigest())
+        yield lambda file, kind: fetch(
+            file,
+            f"http://127.0.0.1:{server.server_port}/{kind}",
+            len(Server.body),
+            hashlib.sha256(Server.body).hexdigest(),
+        )
         server.shutdown()
 
 
-@pytest.mark.parametrize("kind, attempts", [("404", 1), ("html", 1), ("corrupt", 1), ("short", 5), ("503", 5)])
+@pytest.mark.parametrize(
+    "kind, attempts", [("404", 1), ("html", 1), ("corrupt", 1), ("short", 5), ("503", 5)]
+)
 def test_bad_download_leaves_nothing(tmp_path, server, kind, attempts):
     with pytest.raises(UserError, match="127.0.0.1"):
         server(tmp_path / "val.jsonl", kind)
@@ -256,11 +386,19 @@ def test_download_survives_a_moody_server_and_company(tmp_path, server):
     file = tmp_path / "data" / "val.jsonl"
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda _: server(file, "moody"), range(4)))
-    assert [f.name for f in file.parent.iterdir()] == ["val.jsonl"] and file.read_bytes() == Server.body and Server.asked == 5
+    assert (
+        [f.name for f in file.parent.iterdir()] == ["val.jsonl"]
+        and file.read_bytes() == Server.body
+        and Server.asked == 5
+    )
 
 
 def test_training_goes_on_without_data_and_network(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hellaswag.fetch, "__defaults__", (hellaswag.DATA, "http://127.0.0.1:9/", *hellaswag.fetch.__defaults__[2:]))
+    monkeypatch.setattr(
+        hellaswag.fetch,
+        "__defaults__",
+        (hellaswag.DATA, "http://127.0.0.1:9/", *hellaswag.fetch.__defaults__[2:]),
+    )
     assert hellaswag.find_items(CPU) is None
     assert capsys.readouterr().out.count("\n") == 1

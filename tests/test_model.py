@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, LOSS_ROWS, SIZES, TRANSPOSED, GPTConfig, KVCache, LinearCrossEntropy, NextTokenLoss
+from model import (
+    GPT,
+    LOSS_ROWS,
+    SIZES,
+    TRANSPOSED,
+    GPTConfig,
+    KVCache,
+    LinearCrossEntropy,
+    NextTokenLoss,
+)
 
 SHAPES = [
     GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=257),
@@ -31,9 +40,24 @@ def transformers_twin(model: GPT):
 
     c = model.config
     with torch.device("meta"):
-        twin = GPT2LMHeadModel(GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size, vocab_size=c.vocab_size,
-                                          resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None))
-    state = {name: (p.t() if name.endswith(TRANSPOSED) else p).detach() for name, p in model.named_parameters()}
+        twin = GPT2LMHeadModel(
+            GPT2Config(
+                n_layer=c.n_layer,
+                n_head=c.n_head,
+                n_embd=c.n_embd,
+                n_positions=c.block_size,
+                vocab_size=c.vocab_size,
+                resid_pdrop=c.dropout,
+                embd_pdrop=c.dropout,
+                attn_pdrop=c.dropout,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    state = {
+        name: (p.t() if name.endswith(TRANSPOSED) else p).detach()
+        for name, p in model.named_parameters()
+    }
     twin.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]}, assign=True)
     twin.tie_weights()
     return twin.eval().requires_grad_(True)
@@ -44,10 +68,15 @@ def gradients(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def twin_gradients(twin) -> dict[str, torch.Tensor]:
-    return {name: p.grad.t() if name.endswith(TRANSPOSED) else p.grad for name, p in twin.named_parameters()}
+    return {
+        name: p.grad.t() if name.endswith(TRANSPOSED) else p.grad
+        for name, p in twin.named_parameters()
+    }
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+def assert_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float
+) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= relative * tensor.norm() + 1e-12, name
@@ -74,7 +103,9 @@ def test_cached_equals_transformers(config):
     model = random_model(config)
     x = torch.randint(config.vocab_size, (2, 12))
     cache = KVCache(config, batch_size=2, length=16, device=x.device, dtype=torch.float32)
-    logits = torch.cat([model(part, cache=cache) for part in x.split([5, 1, 1, 3, 2], dim=1)], dim=1)
+    logits = torch.cat(
+        [model(part, cache=cache) for part in x.split([5, 1, 1, 3, 2], dim=1)], dim=1
+    )
     assert torch.allclose(logits, transformers_twin(model)(x).logits, atol=1e-4, rtol=0)
 
 
@@ -91,7 +122,12 @@ def test_compiled_equals_transformers():
     assert_close(gradients(model), twin_gradients(twin), 1e-4)
 
 
-PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+PARAMETERS = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +135,23 @@ def noise():
     return torch.empty(81_000_000).normal_(0.0, 0.02)
 
 
-@pytest.mark.parametrize("name, layers", [("gpt2", 12), ("gpt2-medium", 24), ("gpt2-large", 2), ("gpt2-xl", 2)])
+@pytest.mark.parametrize(
+    "name, layers", [("gpt2", 12), ("gpt2-medium", 24), ("gpt2-large", 2), ("gpt2-xl", 2)]
+)
 @torch.no_grad()
 def test_openai_sizes(name, layers, noise):
     with torch.device("meta"):
         assert GPT(SIZES[name]).num_parameters() == PARAMETERS[name]
         model = GPT(replace(SIZES[name], n_layer=layers)).eval()
     state = {}
-    for key, parameter in model.named_parameters():  # random places of one random block: drawing all of it would take half a minute
+    for (
+        key,
+        parameter,
+    ) in (
+        model.named_parameters()
+    ):  # random places of one random block: drawing all of it would take half a minute
         start = int(torch.randint(noise.numel() - parameter.numel(), ()))
-        state[key] = noise[start:start + parameter.numel()].view(parameter.shape)
+        state[key] = noise[start : start + parameter.numel()].view(parameter.shape)
         if ".ln_" in key and key.endswith("weight"):
             state[key] = 1 + state[key]
     model.load_state_dict(state, assign=True)
@@ -123,7 +166,9 @@ def test_no_token_sees_the_future():
     changed = x.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % 257
     before, after = model(x), model(changed)
-    assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20], after[:, 20])
+    assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(
+        before[:, 20], after[:, 20]
+    )
 
 
 def test_context_is_bounded():
@@ -133,7 +178,9 @@ def test_context_is_bounded():
 
 def test_dropout_equals_transformers():
     """The same places in the same order: with the same seed both drop the same values, and nothing in evaluation."""
-    model = random_model(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.2))
+    model = random_model(
+        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.2)
+    )
     twin = transformers_twin(model)
     x = torch.randint(64, (2, 16))
     logits = []
@@ -146,6 +193,7 @@ def test_dropout_equals_transformers():
 
 
 # ---------------------------------------------------------------------------------------------------- loss
+
 
 def reference(x, weight, targets):
     """Loss and gradients of the plain expression that LinearCrossEntropy computes in pieces."""
@@ -179,7 +227,9 @@ def test_bfloat16_loss_is_close_to_transformers():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = NextTokenLoss(model)(x[:, :-1], x[:, 1:])
     loss.backward()
-    assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert loss.dtype == torch.float32 and all(
+        p.grad.dtype == torch.float32 for p in model.parameters()
+    )
     assert abs(loss - theirs) < 0.01
     assert_close(gradients(model), twin_gradients(twin), 0.03)
 
@@ -192,17 +242,20 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_batch():
     whole = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
     for part in range(4):
-        (step(x[2 * part:2 * part + 2], y[2 * part:2 * part + 2]) / 4).backward()
+        (step(x[2 * part : 2 * part + 2], y[2 * part : 2 * part + 2]) / 4).backward()
     assert_close(gradients(model), whole, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- initialisation
 
+
 def test_initialisation():
     config = GPTConfig(n_layer=3, n_head=4, n_embd=256, block_size=512, vocab_size=2000)
     for name, parameter in GPT(config).named_parameters():
         if parameter.dim() == 1:
-            assert (parameter == (1.0 if ".ln_" in name and name.endswith("weight") else 0.0)).all(), name
+            assert (
+                parameter == (1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
+            ).all(), name
             continue
         std = 0.01 if "wpe" in name else 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
         assert parameter.std().item() == pytest.approx(std, rel=0.02), name
@@ -212,9 +265,13 @@ def test_initialisation():
 @torch.no_grad()
 @pytest.mark.parametrize("vocab_size, n_embd", [(257, 1024), (5000, 256)])
 def test_first_loss(vocab_size, n_embd):
-    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=n_embd, block_size=128, vocab_size=vocab_size))
+    model = GPT(
+        GPTConfig(n_layer=2, n_head=4, n_embd=n_embd, block_size=128, vocab_size=vocab_size)
+    )
     x, y = torch.randint(vocab_size, (8, 128)), torch.randint(vocab_size, (8, 128))
-    assert NextTokenLoss(model)(x, y).item() == pytest.approx(math.log(vocab_size) + 0.02**2 * n_embd / 2, rel=0.01)
+    assert NextTokenLoss(model)(x, y).item() == pytest.approx(
+        math.log(vocab_size) + 0.02**2 * n_embd / 2, rel=0.01
+    )
 
 
 def test_overfits_one_batch():

@@ -16,7 +16,10 @@ def stored():
 def test_it_is_stored_as_executed_from_top_to_bottom(stored):
     code = [cell for cell in stored.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert sum(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code) >= 5
+    assert (
+        sum(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code)
+        >= 5
+    )
 
 
 def test_it_runs(stored, tmp_path, monkeypatch):
@@ -25,4 +28,6 @@ def test_it_runs(stored, tmp_path, monkeypatch):
     shutil.copy(ROOT / "input.txt", tmp_path)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
     monkeypatch.setenv("OMP_NUM_THREADS", str(os.cpu_count()))
-    nbclient.NotebookClient(stored, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        stored, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()

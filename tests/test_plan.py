@@ -9,9 +9,17 @@ import torch
 from conftest import ROOT
 
 import plan
-from checkpoint import save_step
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
-from plan import activation_bytes, all_reduce_seconds, checkpoint_bytes, checkpoint_interval, flops_per_token, memory, parameters
+from plan import (
+    activation_bytes,
+    all_reduce_seconds,
+    checkpoint_bytes,
+    checkpoint_interval,
+    flops_per_token,
+    memory,
+    parameters,
+)
+from run_directory import save_step
 from runtime import Runtime, start
 from tokens import get_encoding
 from train_gpt2 import RECIPES, main, make_optimizer, read_config
@@ -36,12 +44,19 @@ def kept_bytes(config: GPTConfig, B: int, rt: Runtime) -> int:
         return tensor
 
     idx = torch.randint(config.vocab_size, (B, config.block_size))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), rt.autocast(), rt.attention(config.block_size):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        rt.autocast(),
+        rt.attention(config.block_size),
+    ):
         loss_fn(idx, idx)
     return sum(size for address, size in sizes.items() if address not in own)
 
 
-@pytest.mark.parametrize("T,dtype,width,fused", [(576, "bfloat16", 2, True), (128, "bfloat16", 2, False), (128, "float32", 4, True)])
+@pytest.mark.parametrize(
+    "T,dtype,width,fused",
+    [(576, "bfloat16", 2, True), (128, "bfloat16", 2, False), (128, "float32", 4, True)],
+)
 def test_activations_are_what_autograd_keeps(T, dtype, width, fused):
     config = GPTConfig(2, 4, 64, T, 300)
     rt = start("cpu", dtype)
@@ -49,7 +64,9 @@ def test_activations_are_what_autograd_keeps(T, dtype, width, fused):
     assert activation_bytes(config, width, fused) == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype,width,B", [(torch.bfloat16, 2, 1), (torch.bfloat16, 2, 3), (torch.float32, 4, 3)])  # B: chunks of the loss
+@pytest.mark.parametrize(
+    "dtype,width,B", [(torch.bfloat16, 2, 1), (torch.bfloat16, 2, 3), (torch.float32, 4, 3)]
+)  # B: chunks of the loss
 def test_memory_is_the_peak_that_torch_tracks(dtype, width, B):
     """torch's MemTracker watches every allocation of two micro-batches and an update, on tensors without data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -77,7 +94,9 @@ def test_memory_is_the_peak_that_torch_tracks(dtype, width, B):
 def test_a_ring_sends_what_the_formula_says():
     """A ring played through: W ranks with W chunks each pass one chunk a turn, first summing, then copying."""
     W, size = 5, 4 * parameters(SIZES["gpt2"])
-    have = [[{rank} for _ in range(W)] for rank in range(W)]  # whose gradients each rank's chunks hold
+    have = [
+        [{rank} for _ in range(W)] for rank in range(W)
+    ]  # whose gradients each rank's chunks hold
     sent = 0.0
     for turn in range(2 * (W - 1)):
         passed = [((rank - turn) % W, have[rank][(rank - turn) % W]) for rank in range(W)]
@@ -92,7 +111,9 @@ def test_a_ring_sends_what_the_formula_says():
 def test_the_checkpoint_interval_loses_the_least():
     write, mtbf = 20.0, 5000.0
 
-    def lost(interval: float) -> float:  # share of time: writing, and half an interval of work at each failure
+    def lost(
+        interval: float,
+    ) -> float:  # share of time: writing, and half an interval of work at each failure
         return write / interval + interval / 2 / mtbf
 
     best = checkpoint_interval(write, mtbf)
@@ -110,18 +131,47 @@ def test_a_checkpoint_has_the_planned_size(tmp_path):
     assert written == pytest.approx(checkpoint_bytes(config), rel=0.02)
 
 
-@pytest.mark.parametrize("dtype,width,fused", [("float32", 4, True), ("bfloat16", 2, False)])  # see Runtime.attention
-def test_dry_run_prints_the_plan_and_leaves_no_trace(dtype, width, fused, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype,width,fused", [("float32", 4, True), ("bfloat16", 2, False)]
+)  # see Runtime.attention
+def test_dry_run_prints_the_plan_and_leaves_no_trace(
+    dtype, width, fused, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "matmul_speed", lambda rt: 1e12)
-    main(["--dry-run", "--device", "cpu", "--recipe", "first-run", "--n-embd", "256", "--seq-len", "256", "--max-steps", "600",
-          "--total-batch-tokens", "8192", "--micro-batch", "8", "--dtype", dtype])
+    main(
+        [
+            "--dry-run",
+            "--device",
+            "cpu",
+            "--recipe",
+            "first-run",
+            "--n-embd",
+            "256",
+            "--seq-len",
+            "256",
+            "--max-steps",
+            "600",
+            "--total-batch-tokens",
+            "8192",
+            "--micro-batch",
+            "8",
+            "--dtype",
+            dtype,
+        ]
+    )
     out = capsys.readouterr().out
     config = GPTConfig(4, 4, 256, 256, 257)
     seconds = 600 * 8192 * flops_per_token(config) / 0.4e12
-    for words in (f"{parameters(config):,} parameters", "600 steps of 8,192 tokens = 4,915,200 tokens", "4 micro-batches of 8 × 256 tokens on each rank",
-                  f"memory         about {plan.amount(sum(memory(config, 8, width, 'cpu', fused).values()))}", f"time           {plan.duration(seconds)} at",
-                  "40% (assumed) of each rank's 1 TFLOP/s (of matrix products timed here)", f"checkpoints    {plan.amount(checkpoint_bytes(config))}"):
+    for words in (
+        f"{parameters(config):,} parameters",
+        "600 steps of 8,192 tokens = 4,915,200 tokens",
+        "4 micro-batches of 8 × 256 tokens on each rank",
+        f"memory         about {plan.amount(sum(memory(config, 8, width, 'cpu', fused).values()))}",
+        f"time           {plan.duration(seconds)} at",
+        "40% (assumed) of each rank's 1 TFLOP/s (of matrix products timed here)",
+        f"checkpoints    {plan.amount(checkpoint_bytes(config))}",
+    ):
         assert words in out
     assert not list(tmp_path.iterdir())
 
@@ -130,7 +180,9 @@ def test_a_known_gpu_is_planned_from_its_datasheet(monkeypatch):
     monkeypatch.setattr(plan, "peak_flops", lambda device: 989e12)
     rt = Runtime(0, 8, torch.device("cuda"), torch.bfloat16)
     line, _ = plan.plan_time(SIZES["gpt2"], rt, 19073, 524288)
-    assert "45 minutes at 3,70" in line and "989 TFLOP/s (in its datasheet)" in line  # 8 × 0.4 × 989e12 / 854e6 = 3.70M tokens/s
+    assert (
+        "45 minutes at 3,70" in line and "989 TFLOP/s (in its datasheet)" in line
+    )  # 8 × 0.4 × 989e12 / 854e6 = 3.70M tokens/s
 
 
 def test_matmul_speed_counts_flops(monkeypatch):
@@ -151,14 +203,25 @@ def test_commands_in_scaling_are_understood(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", DOC, re.S)
-    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "torchrun" in line]
+    commands = [
+        line
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+        if "torchrun" in line
+    ]
     assert len(commands) == 2
     for block in blocks:
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
     for command in commands:
-        args = get_args_parser().parse_args(shlex.split(command)[shlex.split(command).index("torchrun") + 1:])
+        args = get_args_parser().parse_args(
+            shlex.split(command)[shlex.split(command).index("torchrun") + 1 :]
+        )
         config, _ = read_config(args.training_script_args)
-        assert args.training_script == "train_gpt2.py" and config.resume and config.out == f"runs/{config.recipe}"
+        assert (
+            args.training_script == "train_gpt2.py"
+            and config.resume
+            and config.out == f"runs/{config.recipe}"
+        )
 
 
 def test_datatrove_lines_in_scaling_build_a_pipeline(tmp_path, monkeypatch):
@@ -166,6 +229,6 @@ def test_datatrove_lines_in_scaling_build_a_pipeline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = []
     monkeypatch.setattr(executor.SlurmPipelineExecutor, "run", lambda self: started.append(self))
-    code, = re.findall(r"```python\n(.*?)```", DOC, re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", DOC, re.S)
     exec(code, {"__name__": "__main__"})
     assert len(started) == 1 and len(started[0].pipeline) == 2

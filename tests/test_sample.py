@@ -7,15 +7,29 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import sample
-from conftest import ROOT
+from cli import UserError
 from model import GPT, GPTConfig
-from script import UserError
-from sample import SampleConfig, encode_prompt, generate, last_logits, next_token, pack_linears, sample_text, stream_text
+from sample import (
+    SampleConfig,
+    encode_prompt,
+    generate,
+    last_logits,
+    next_token,
+    pack_linears,
+    sample_text,
+    stream_text,
+)
 from tokens import get_encoding
 
-SHAPES = [GPTConfig(2, 2, 16, 24, 97), GPTConfig(1, 1, 8, 7, 33), GPTConfig(3, 4, 32, 64, 257), GPTConfig(2, 5, 40, 16, 131)]
+SHAPES = [
+    GPTConfig(2, 2, 16, 24, 97),
+    GPTConfig(1, 1, 8, 7, 33),
+    GPTConfig(3, 4, 32, 64, 257),
+    GPTConfig(2, 5, 40, 16, 131),
+]
 
 
 def wide(config: GPTConfig) -> GPT:
@@ -49,7 +63,14 @@ def test_greedy_with_cache_equals_without_cache_and_transformers(config, tmp_pat
     assert torch.equal(ours, greedy_uncached(model, idx, n))
     model.save_pretrained(tmp_path)
     peer = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    theirs = peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
+    theirs = peer.generate(
+        idx,
+        attention_mask=torch.ones_like(idx),
+        max_new_tokens=n,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -64,26 +85,44 @@ def test_past_the_context_the_last_half_is_read_again(config, length):
     assert torch.equal(out, greedy_uncached(model, idx, n))
 
 
-def plain_probabilities(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
+def plain_probabilities(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float | None
+) -> list[float]:
     """Temperature, top-k and top-p by their definitions, one number at a time."""
     weights = torch.tensor(logits, dtype=torch.float64).div(temperature).exp().tolist()
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
     total = sum(weights[i] for i in order)
     if top_p is not None:
         reached = itertools.accumulate(weights[i] / total for i in order)
-        order = order[:1 + sum(r < top_p for r in reached)]
+        order = order[: 1 + sum(r < top_p for r in reached)]
         total = sum(weights[i] for i in order)
     return [weights[i] / total if i in order else 0.0 for i in range(len(logits))]
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [
-    (1.0, None, None), (0.5, None, None), (2.0, None, None), (1.0, 1, None), (1.0, 5, None), (0.7, 100, None),
-    (1.0, None, 0.8), (1.0, None, 1e-9), (1.0, None, 1.0), (1.5, None, 0.95), (1.3, 6, 0.7),
-])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [
+        (1.0, None, None),
+        (0.5, None, None),
+        (2.0, None, None),
+        (1.0, 1, None),
+        (1.0, 5, None),
+        (0.7, 100, None),
+        (1.0, None, 0.8),
+        (1.0, None, 1e-9),
+        (1.0, None, 1.0),
+        (1.5, None, 0.95),
+        (1.3, 6, 0.7),
+    ],
+)
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     logits, n = torch.randn(12) * 2, 50_000
-    expected = torch.tensor(plain_probabilities(logits.tolist(), temperature, top_k, top_p), dtype=torch.float64)
-    draws = next_token(logits.expand(n, -1), temperature, top_k, top_p, torch.Generator().manual_seed(1))
+    expected = torch.tensor(
+        plain_probabilities(logits.tolist(), temperature, top_k, top_p), dtype=torch.float64
+    )
+    draws = next_token(
+        logits.expand(n, -1), temperature, top_k, top_p, torch.Generator().manual_seed(1)
+    )
     seen = torch.bincount(draws.flatten(), minlength=12) / n
     assert torch.equal(seen > 0, (expected > 0) & (seen > 0))  # nothing outside the support
     deviation = (seen - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp_min(1e-9)
@@ -92,7 +131,10 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 
 def test_the_seed_decides_the_text_and_rows_differ():
     model, idx = wide(SHAPES[2]), torch.zeros(4, 1, dtype=torch.long)
-    a, b, c = (generate(model, idx, 30, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    a, b, c = (
+        generate(model, idx, 30, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert len({tuple(row) for row in a.tolist()}) == 4
 
@@ -131,7 +173,13 @@ def test_autocast_is_respected():
 def saying(monkeypatch, ids: list[int], vocab_size: int) -> GPT:
     """A model that says `ids` whatever it reads."""
     model, script = GPT(GPTConfig(1, 1, 8, 64, vocab_size)).eval(), iter(ids)
-    monkeypatch.setattr(model, "head", lambda x: torch.full((len(x), vocab_size), -50.0).index_fill_(1, torch.tensor([next(script)]), 50.0))
+    monkeypatch.setattr(
+        model,
+        "head",
+        lambda x: torch.full((len(x), vocab_size), -50.0).index_fill_(
+            1, torch.tensor([next(script)]), 50.0
+        ),
+    )
     return model
 
 
@@ -145,19 +193,27 @@ def test_streamed_text_is_the_text_and_never_cuts_a_character(monkeypatch, reque
     assert any("�" in encoding.decode([i]) for i in ids)  # the test is about cut characters
     pieces = list(stream_text(saying(monkeypatch, ids, encoding.n_vocab), encoding, "> ", 60))
     assert "".join(pieces) == "> " + text and "�" not in "".join(pieces) and len(pieces) > 5
-    assert sample_text(saying(monkeypatch, ids, encoding.n_vocab), encoding, "> ", 1, 60) == ["> " + text]
+    assert sample_text(saying(monkeypatch, ids, encoding.n_vocab), encoding, "> ", 1, 60) == [
+        "> " + text
+    ]
 
 
 def test_invalid_utf8_streams_as_it_is_sampled():
     model, encoding = wide(GPTConfig(1, 2, 16, 64, 257)), get_encoding("bytes")
-    streamed = "".join(stream_text(model, encoding, "é", 100, generator=torch.Generator().manual_seed(5)))
-    assert [streamed] == sample_text(model, encoding, "é", 1, 100, generator=torch.Generator().manual_seed(5))
+    streamed = "".join(
+        stream_text(model, encoding, "é", 100, generator=torch.Generator().manual_seed(5))
+    )
+    assert [streamed] == sample_text(
+        model, encoding, "é", 1, 100, generator=torch.Generator().manual_seed(5)
+    )
     assert "�" in streamed
 
 
 def test_ids_outside_the_encoding_are_never_drawn():
     model, encoding = wide(GPTConfig(1, 2, 16, 64, 400)), get_encoding("bytes")
-    assert len(sample_text(model, encoding, "", 20, 50)) == 20  # decoding raises on an id it does not have
+    assert (
+        len(sample_text(model, encoding, "", 20, 50)) == 20
+    )  # decoding raises on an id it does not have
     idx = torch.zeros(50, 1, dtype=torch.long)
     assert generate(model, idx, 20, vocab_size=257).max() < 257 <= generate(model, idx, 20).max()
 
@@ -165,11 +221,15 @@ def test_ids_outside_the_encoding_are_never_drawn():
 def test_an_empty_prompt_is_a_new_document():
     model, encoding = wide(SHAPES[2]), get_encoding("bytes")
     assert encode_prompt(model, encoding, "", 2).tolist() == [[256], [256]]
-    assert encode_prompt(model, encoding, "<|endoftext|>", 1).tolist() == [list(b"<|endoftext|>")]  # a literal one is text
+    assert encode_prompt(model, encoding, "<|endoftext|>", 1).tolist() == [
+        list(b"<|endoftext|>")
+    ]  # a literal one is text
 
 
 def test_a_prompt_that_is_not_utf8_becomes_replacement_characters():
-    assert encode_prompt(wide(SHAPES[2]), get_encoding("bytes"), "a\udcff", 1).tolist() == [list("a�".encode())]
+    assert encode_prompt(wide(SHAPES[2]), get_encoding("bytes"), "a\udcff", 1).tolist() == [
+        list("a�".encode())
+    ]
 
 
 def test_a_prompt_of_another_encoding_is_refused():
@@ -177,28 +237,64 @@ def test_a_prompt_of_another_encoding_is_refused():
         encode_prompt(wide(SHAPES[0]), get_encoding("bytes"), "xyz", 1)
 
 
-@pytest.mark.parametrize("flag, value", [("temperature", float("nan")), ("temperature", -0.1), ("temperature", float("inf")), ("top_k", 0),
-                                         ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")), ("num_samples", 0), ("max_new_tokens", 0)])
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("temperature", float("nan")),
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("num_samples", 0),
+        ("max_new_tokens", 0),
+    ],
+)
 def test_bad_flags_are_refused_by_name(flag, value):
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} {value}"):
         SampleConfig(**{flag: value})
 
 
 def command_line(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "sample.py", "--device", "cpu", *args], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--device", "cpu", *args],
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_command_line(tmp_path):
     wide(SHAPES[2]).save_pretrained(tmp_path, encoding="bytes")
     one = command_line("--model", str(tmp_path), "--prompt", "def f", "--max-new-tokens", "20")
-    assert one.returncode == 0 and one.stdout.startswith("def f") and str(tmp_path) in one.stderr, one.stderr
-    two = command_line("--model", str(tmp_path), "--num-samples", "2", "--temperature", "0", "--max-new-tokens", "5", "--top-k", "None")
+    assert one.returncode == 0 and one.stdout.startswith("def f") and str(tmp_path) in one.stderr, (
+        one.stderr
+    )
+    two = command_line(
+        "--model",
+        str(tmp_path),
+        "--num-samples",
+        "2",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "5",
+        "--top-k",
+        "None",
+    )
     assert two.returncode == 0 and two.stdout.count("--- sample") == 2, two.stderr
     bad = command_line("--model", str(tmp_path), "--top-p", "2")
-    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("error: --top-p 2.0; expected ") and "Traceback" not in bad.stderr
+    assert (
+        bad.returncode == 2
+        and bad.stderr.splitlines()[-1].startswith("error: --top-p 2.0; expected ")
+        and "Traceback" not in bad.stderr
+    )
 
 
-@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16"), reason="this CPU does not multiply bfloat16")
+@pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_bf16"),
+    reason="this CPU does not multiply bfloat16",
+)
 @torch.no_grad()
 def test_packed_weights_compute_the_same():
     model, idx = wide(SHAPES[2]).bfloat16(), torch.randint(257, (3, 5))
@@ -206,20 +302,35 @@ def test_packed_weights_compute_the_same():
     assert pack_linears(packed, rows=3)
     torch.testing.assert_close(packed(idx), model(idx), rtol=0.02, atol=0.05)
     out = generate(packed, idx, 50, temperature=0)
-    logits = model(out)[:, 4:-1].float()  # what the plain model thinks of each token that the packed one chose
-    assert (logits.max(-1).values - logits.gather(-1, out[:, 5:, None])[..., 0]).max() < 0.3 < logits.std()
+    logits = model(out)[
+        :, 4:-1
+    ].float()  # what the plain model thinks of each token that the packed one chose
+    assert (
+        (logits.max(-1).values - logits.gather(-1, out[:, 5:, None])[..., 0]).max()
+        < 0.3
+        < logits.std()
+    )
 
 
 def test_packing_leaves_a_float32_model_alone():
     model = wide(SHAPES[0])
-    assert not pack_linears(model, rows=1) and type(model.transformer.h[0].mlp.c_fc) is torch.nn.Linear
+    assert (
+        not pack_linears(model, rows=1) and type(model.transformer.h[0].mlp.c_fc) is torch.nn.Linear
+    )
 
 
 def test_the_compiled_step_is_one_graph_for_every_position(monkeypatch):
     graphs = []
-    step = torch.compile(last_logits, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=False)
+    step = torch.compile(
+        last_logits,
+        backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
+        fullgraph=True,
+        dynamic=False,
+    )
     monkeypatch.setattr(sample, "compiled_step", lambda: step)
     model, idx = wide(SHAPES[0]), torch.randint(97, (2, 5))
     for _ in range(2):  # a second run re-uses it
-        assert torch.equal(generate(model, idx, 60, temperature=0, compiled=True), greedy_uncached(model, idx, 60))
+        assert torch.equal(
+            generate(model, idx, 60, temperature=0, compiled=True), greedy_uncached(model, idx, 60)
+        )
     assert len(graphs) == 1

@@ -10,21 +10,34 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokens
-from conftest import ROOT
-from script import UserError
-from tokens import Shard, TokenArray, get_encoding, open_data, token_bytes, training_windows, verify, write_manifest, write_shard
-
+from cli import UserError
+from tokens import (
+    Shard,
+    TokenArray,
+    get_encoding,
+    open_data,
+    token_bytes,
+    training_windows,
+    verify,
+    write_manifest,
+    write_shard,
+)
 
 # ---------------------------------------------------------------------------------------------------- encodings
+
 
 @given(st.text())
 def test_bytes_encoding_is_the_bytes(text):
     encoding = get_encoding("bytes")
-    assert encoding.encode_ordinary(text) == list(text.encode()) and encoding.decode(list(text.encode())) == text
+    assert (
+        encoding.encode_ordinary(text) == list(text.encode())
+        and encoding.decode(list(text.encode())) == text
+    )
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
 
 
@@ -37,14 +50,31 @@ def test_token_bytes_add_up_to_the_text(gpt2_vocabulary, text):
 
 # ---------------------------------------------------------------------------------------------------- our shards
 
-def make_data(folder, shards=((40, "val"), (100, "train"), (60, "train")), corpus="c", vocab_size=257):
+
+def make_data(
+    folder, shards=((40, "val"), (100, "train"), (60, "train")), corpus="c", vocab_size=257
+):
     """A finished data directory; token i of the whole stream is i."""
     folder.mkdir(exist_ok=True)
     start, entries = 0, []
     for i, (count, split) in enumerate(shards):
-        entries.append(write_shard(folder / f"{corpus}_{split}_{i:06d}.bin", np.arange(start, start + count, dtype=np.uint16)))
+        entries.append(
+            write_shard(
+                folder / f"{corpus}_{split}_{i:06d}.bin",
+                np.arange(start, start + count, dtype=np.uint16),
+            )
+        )
         start += count
-    write_manifest(folder, {"encoding": "bytes", "vocab_size": vocab_size, "source": {}, "revision": None, "shards": entries})
+    write_manifest(
+        folder,
+        {
+            "encoding": "bytes",
+            "vocab_size": vocab_size,
+            "source": {},
+            "revision": None,
+            "shards": entries,
+        },
+    )
     return folder
 
 
@@ -68,7 +98,9 @@ def test_shards_form_one_array(tmp_path_factory, counts, data):
     array = TokenArray([Shard.open(folder / f"{i}.bin") for i in range(len(parts))], 257)
     start = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(start, len(stream)))
-    assert len(array) == len(stream) and array.read(start, stop).tolist() == list(range(start, stop))
+    assert len(array) == len(stream) and array.read(start, stop).tolist() == list(
+        range(start, stop)
+    )
 
 
 def test_windows_overlap_by_the_token_that_is_target_and_input(tmp_path):
@@ -76,7 +108,9 @@ def test_windows_overlap_by_the_token_that_is_target_and_input(tmp_path):
     T = 13
     rows = train.windows(np.arange(train.num_windows(T)), T)
     assert rows.shape == ((len(train) - 1) // T, T + 1) and (rows[1:, 0] == rows[:-1, -1]).all()
-    assert rows[:, :-1].flatten().tolist() == list(range(40, 40 + rows.shape[0] * T))  # 40 validate; window 7 crosses the shards
+    assert rows[:, :-1].flatten().tolist() == list(
+        range(40, 40 + rows.shape[0] * T)
+    )  # 40 validate; window 7 crosses the shards
 
 
 def test_splits_come_from_the_whole_name(tmp_path):
@@ -91,9 +125,10 @@ def test_verify_reads_everything(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- faults 14 to 22
 
+
 def patch(file, position, new):
     content = bytearray(file.read_bytes())
-    content[position:position + len(new)] = new
+    content[position : position + len(new)] = new
     file.write_bytes(content)
 
 
@@ -109,6 +144,7 @@ def replaced(make):
         file = folder / "c_train_000001.bin"
         file.unlink()
         make(file)
+
     return fault
 
 
@@ -129,9 +165,18 @@ FAULTS = {
     "22 FIFO": (replaced(os.mkfifo), SHARD),
     "22 dangling link": (replaced(lambda file: file.symlink_to("nowhere")), SHARD),
     "manifest is not JSON": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json"),
-    "manifest lacks hashes": (lambda d: (d / "manifest.json").write_text('{"shards": [{"name": "a"}]}'), "manifest.json"),
-    "manifest of another encoding": (lambda d: (d / "manifest.json").write_text('{"shards": [], "encoding": "klingon"}'), "klingon"),
-    "not finished": (lambda d: (d / "manifest.json").rename(d / "manifest.partial.json"), "manifest.partial.json"),
+    "manifest lacks hashes": (
+        lambda d: (d / "manifest.json").write_text('{"shards": [{"name": "a"}]}'),
+        "manifest.json",
+    ),
+    "manifest of another encoding": (
+        lambda d: (d / "manifest.json").write_text('{"shards": [], "encoding": "klingon"}'),
+        "klingon",
+    ),
+    "not finished": (
+        lambda d: (d / "manifest.json").rename(d / "manifest.partial.json"),
+        "manifest.partial.json",
+    ),
     "no shards at all": (lambda d: shutil.rmtree(d) or d.mkdir(), ""),
 }
 
@@ -166,7 +211,11 @@ def test_fault_20_fewer_tokens_than_a_window_are_no_windows(tmp_path):
 
 
 def test_fault_22_the_directory_itself(tmp_path):
-    for name, make in (("missing", lambda p: None), ("file", lambda p: p.touch()), ("link", lambda p: p.symlink_to("nowhere"))):
+    for name, make in (
+        ("missing", lambda p: None),
+        ("file", lambda p: p.touch()),
+        ("link", lambda p: p.symlink_to("nowhere")),
+    ):
         make(tmp_path / name)
         with pytest.raises(UserError, match=name):
             open_data(tmp_path / name)
@@ -175,20 +224,31 @@ def test_fault_22_the_directory_itself(tmp_path):
 def test_faults_end_the_trainer_with_exit_code_2_and_one_line(tmp_path):
     make_data(tmp_path)
     os.truncate(tmp_path / SHARD, 1100)
-    done = subprocess.run([sys.executable, ROOT / "fineweb.py", "--verify", tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "fineweb.py", "--verify", tmp_path], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == (f"error: {tmp_path / SHARD}: 1,100 bytes; expected 1,224 bytes for 100 tokens; "
-                                            "the file is truncated or damaged: prepare or fetch it again")
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {tmp_path / SHARD}: 1,100 bytes; expected 1,224 bytes for 100 tokens; "
+        "the file is truncated or damaged: prepare or fetch it again"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- other people's files
 
+
 def test_llm_c_and_modded_nanogpt_shards_train_as_they_are(tmp_path):
-    for name, count in (("fineweb_val_000000.bin", 10), ("fineweb_train_000001.bin", 20), ("fineweb_train_000002.bin", 30)):
+    for name, count in (
+        ("fineweb_val_000000.bin", 10),
+        ("fineweb_train_000001.bin", 20),
+        ("fineweb_train_000002.bin", 30),
+    ):
         header = struct.pack("<256i", 20240520, 1, count, *[0] * 253)
         (tmp_path / name).write_bytes(header + np.full(count, 50256, dtype="<u2").tobytes())
     data = open_data(tmp_path)
-    assert (data.encoding, len(data.val), len(data.train)) == ("gpt2", 10, 50) and verify(tmp_path) == 60
+    assert (data.encoding, len(data.val), len(data.train)) == ("gpt2", 10, 50) and verify(
+        tmp_path
+    ) == 60
 
 
 def test_llm_c_names_without_numbers(tmp_path):
@@ -201,21 +261,42 @@ def test_build_nanogpt_shards_train_as_they_are(tmp_path):
     np.save(tmp_path / "edufineweb_val_000000.npy", np.arange(10, dtype=np.uint16))
     np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(10, 40, dtype=np.uint16))
     data = open_data(tmp_path)
-    assert data.val.read(0, 10).tolist() == list(range(10)) and data.train.read(5, 30).tolist() == list(range(15, 40))
+    assert data.val.read(0, 10).tolist() == list(range(10)) and data.train.read(
+        5, 30
+    ).tolist() == list(range(15, 40))
 
 
-@pytest.mark.parametrize("array", [np.array([{"pickled": 1}], dtype=object), np.arange(9, dtype=np.int64), np.arange(9, dtype=">u2"),
-                                   np.zeros((3, 3), dtype=np.uint16)], ids=["21 object", "17 int64", "17 big-endian", "two dimensions"])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([{"pickled": 1}], dtype=object),
+        np.arange(9, dtype=np.int64),
+        np.arange(9, dtype=">u2"),
+        np.zeros((3, 3), dtype=np.uint16),
+    ],
+    ids=["21 object", "17 int64", "17 big-endian", "two dimensions"],
+)
 def test_npy_of_another_kind_is_refused_without_unpickling(tmp_path, array):
     np.save(tmp_path / "a_val_000000.npy", array, allow_pickle=True)
     with pytest.raises(UserError, match="a_val_000000.npy"):
         open_data(tmp_path)
 
 
-@pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: c + b"\0", lambda c: c[:9], lambda c: b"", lambda c: b"<html>not found</html>"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c[:-1],
+        lambda c: c + b"\0",
+        lambda c: c[:9],
+        lambda c: b"",
+        lambda c: b"<html>not found</html>",
+    ],
+)
 def test_npy_that_is_damaged_is_refused(tmp_path, change):
     np.save(tmp_path / "a_val_000000.npy", np.arange(9, dtype=np.uint16))
-    (tmp_path / "a_val_000000.npy").write_bytes(change((tmp_path / "a_val_000000.npy").read_bytes()))
+    (tmp_path / "a_val_000000.npy").write_bytes(
+        change((tmp_path / "a_val_000000.npy").read_bytes())
+    )
     with pytest.raises(UserError, match="a_val_000000.npy"):
         open_data(tmp_path)
 
@@ -253,22 +334,56 @@ def test_trains_on_what_datatrove_wrote(tmp_path, gpt2_vocabulary):
     tokenizer = ByteLevelBPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    documents = [f"Document number {i}: the quick brown fox, naïve café, \n\n{i * i}." for i in range(40)]
+    documents = [
+        f"Document number {i}: the quick brown fox, naïve café, \n\n{i * i}." for i in range(40)
+    ]
     (tmp_path / "in").mkdir()
     for task in range(2):
-        (tmp_path / "in" / f"{task}.jsonl").write_text("".join(json.dumps({"text": text, "id": str(i)}) + "\n"
-                                                               for i, text in enumerate(documents[task * 20:task * 20 + 20])))
-    pipeline = [JsonlReader(str(tmp_path / "in"), compression=None),
-                DocumentTokenizer(str(tmp_path / "out"), tokenizer_name_or_path=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>",
-                                  shuffle_documents=False)]
-    LocalPipelineExecutor(pipeline, tasks=2, workers=1, logging_dir=str(tmp_path / "log"), skip_completed=False).run()
+        (tmp_path / "in" / f"{task}.jsonl").write_text(
+            "".join(
+                json.dumps({"text": text, "id": str(i)}) + "\n"
+                for i, text in enumerate(documents[task * 20 : task * 20 + 20])
+            )
+        )
+    pipeline = [
+        JsonlReader(str(tmp_path / "in"), compression=None),
+        DocumentTokenizer(
+            str(tmp_path / "out"),
+            tokenizer_name_or_path=str(tmp_path / "tokenizer.json"),
+            eos_token="<|endoftext|>",
+            shuffle_documents=False,
+        ),
+    ]
+    LocalPipelineExecutor(
+        pipeline, tasks=2, workers=1, logging_dir=str(tmp_path / "log"), skip_completed=False
+    ).run()
 
     data, encoding = open_data(tmp_path / "out"), get_encoding("gpt2")
-    expected = [token for text in documents for token in encoding.encode_ordinary(text) + [encoding.eot_token]]  # datatrove ends documents with it
-    assert np.concatenate([data.val.read(0, len(data.val)), data.train.read(0, len(data.train))]).tolist() == expected
+    expected = [
+        token
+        for text in documents
+        for token in encoding.encode_ordinary(text) + [encoding.eot_token]
+    ]  # datatrove ends documents with it
+    assert (
+        np.concatenate(
+            [data.val.read(0, len(data.val)), data.train.read(0, len(data.train))]
+        ).tolist()
+        == expected
+    )
     flags = "--n-layer 1 --n-head 1 --n-embd 16 --seq-len 16 --micro-batch 2 --total-batch-tokens 32 --max-steps 2 --device cpu --eval-tokens 64"
-    done = subprocess.run([sys.executable, ROOT / "train_gpt2.py", "--data", tmp_path / "out", "--out", tmp_path / "run", *flags.split()],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "train_gpt2.py",
+            "--data",
+            tmp_path / "out",
+            "--out",
+            tmp_path / "run",
+            *flags.split(),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["event"] == "train"] == [1, 2]
@@ -285,20 +400,52 @@ def test_each_epoch_shows_each_window_once(n, seed, epoch):
 
 
 @settings(max_examples=40)
-@given(n=sizes, seed=seeds, first=st.integers(0, 10**9), batch=st.integers(1, 16), world_size=st.sampled_from([1, 2, 4]), steps=st.integers(1, 3))
+@given(
+    n=sizes,
+    seed=seeds,
+    first=st.integers(0, 10**9),
+    batch=st.integers(1, 16),
+    world_size=st.sampled_from([1, 2, 4]),
+    steps=st.integers(1, 3),
+)
 def test_ranks_and_steps_only_slice_the_single_stream(n, seed, first, batch, world_size, steps):
     stream = training_windows(first, batch * world_size * steps, n, seed)
-    parts = [training_windows(first + (step * world_size + rank) * batch, batch, n, seed) for step in range(steps) for rank in range(world_size)]
+    parts = [
+        training_windows(first + (step * world_size + rank) * batch, batch, n, seed)
+        for step in range(steps)
+        for rank in range(world_size)
+    ]
     assert np.array_equal(np.concatenate(parts), stream)
 
 
 def test_order_is_pinned():
     """A run resumed by a later version must see the same order: these come from the first one."""
-    assert training_windows(0, 16, 10, 1337).tolist() == [7, 1, 0, 5, 3, 9, 8, 6, 4, 2, 9, 0, 4, 1, 6, 2]
+    assert training_windows(0, 16, 10, 1337).tolist() == [
+        7,
+        1,
+        0,
+        5,
+        3,
+        9,
+        8,
+        6,
+        4,
+        2,
+        9,
+        0,
+        4,
+        1,
+        6,
+        2,
+    ]
 
 
 def test_order_differs_by_seed_and_epoch():
-    orders = [tuple(training_windows(epoch * 100, 100, 100, seed)) for seed in range(5) for epoch in range(5)]
+    orders = [
+        tuple(training_windows(epoch * 100, 100, 100, seed))
+        for seed in range(5)
+        for epoch in range(5)
+    ]
     assert len(set(orders)) == 25
 
 
@@ -306,7 +453,9 @@ def test_order_is_spread_evenly():
     """Chi-square of where window 0 … 49 lands, over many epochs: a biased permutation would favour some places."""
     n, epochs = 50, 4000
     order = training_windows(0, n * epochs, n, 7).reshape(epochs, n)
-    counts = np.stack([np.bincount(order[:, place], minlength=n) for place in range(n)])  # (place, window)
+    counts = np.stack(
+        [np.bincount(order[:, place], minlength=n) for place in range(n)]
+    )  # (place, window)
     chi_square = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
     degrees = (n - 1) ** 2
     assert abs(chi_square - degrees) < 6 * np.sqrt(2 * degrees)

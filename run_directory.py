@@ -6,7 +6,6 @@ under a temporary name, fsynced, and renamed into place, so a directory called s
 readers trust none that its manifest does not prove.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,64 +16,82 @@ import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli import UserError
+from files import file_sha256, sync
 from model import GPT
-from script import UserError
 from tokens import get_encoding, save_tokenizer
 
 SCHEMA = 1  # of state.json; a newer one is refused
 
 
-def save_step(run: Path, step: int, model: GPT, encoding: tiktoken.Encoding, optimizer: torch.optim.AdamW, state: dict) -> Path:
+def save_step(
+    run: Path,
+    step: int,
+    model: GPT,
+    encoding: tiktoken.Encoding,
+    optimizer: torch.optim.AdamW,
+    state: dict,
+) -> Path:
     """Commit `run/step_%06d`: weights, optimizer and `state` (JSON values) after `step` updates."""
     temporary, target = run / f".step_{step:06d}.tmp", run / f"step_{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, encoding=encoding.name, bos_token_id=encoding.eot_token, eos_token_id=encoding.eot_token)
+    model.save_pretrained(
+        temporary,
+        encoding=encoding.name,
+        bos_token_id=encoding.eot_token,
+        eos_token_id=encoding.eot_token,
+    )
     save_tokenizer(encoding, temporary)
     save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"schema": SCHEMA, "step": step, **state}, indent=2) + "\n")
+    (temporary / "state.json").write_text(
+        json.dumps({"schema": SCHEMA, "step": step, **state}, indent=2) + "\n"
+    )
     files = {}
     umask = os.umask(0)
     os.umask(umask)
     for file in sorted(temporary.iterdir()):
         file.chmod(0o666 & ~umask)  # safetensors creates its files for the owner alone
-        _sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=2) + "\n")
-    _sync(temporary / "manifest.json")
-    _sync(temporary)
-    shutil.rmtree(target, ignore_errors=True)  # only ever a damaged one: a valid one would have been resumed from
+    sync(temporary / "manifest.json")
+    sync(temporary)
+    shutil.rmtree(
+        target, ignore_errors=True
+    )  # only ever a damaged one: a valid one would have been resumed from
     os.rename(temporary, target)
-    _sync(run)
+    sync(run)
     return target
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     """AdamW's two moments by parameter name; its step count is the step of the directory."""
-    return {f"{name}.{moment}": optimizer.state[parameter][moment].cpu().contiguous()
-            for name, parameter in model.named_parameters() if parameter in optimizer.state for moment in ("exp_avg", "exp_avg_sq")}
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment].cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def load_optimizer(folder: Path, step: int, model: GPT, optimizer: torch.optim.AdamW) -> None:
     """Put the moments saved in a step directory back into `optimizer`."""
     tensors = load_file(folder / "optimizer.safetensors")
     names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {i: {"step": torch.tensor(float(step)), **{m: tensors[f"{name}.{m}"] for m in ("exp_avg", "exp_avg_sq")}}
-             for i, name in enumerate(ordered) if f"{name}.exp_avg" in tensors}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    ordered = [
+        names[parameter] for group in optimizer.param_groups for parameter in group["params"]
+    ]
+    state = {
+        i: {
+            "step": torch.tensor(float(step)),
+            **{m: tensors[f"{name}.{m}"] for m in ("exp_avg", "exp_avg_sq")},
+        }
+        for i, name in enumerate(ordered)
+        if f"{name}.exp_avg" in tensors
+    }
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def problem(folder: Path) -> str | None:
@@ -82,7 +99,9 @@ def problem(folder: Path) -> str | None:
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         for name, entry in files.items():
-            if (folder / name).stat().st_size != entry["size"] or _sha256(folder / name) != entry["sha256"]:
+            if (folder / name).stat().st_size != entry["size"] or file_sha256(
+                folder / name
+            ) != entry["sha256"]:
                 return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"{os.path.basename(error.filename)} is missing"
@@ -95,13 +114,20 @@ def read_state(folder: Path) -> dict:
     """state.json of a valid step directory."""
     state = json.loads((folder / "state.json").read_text())
     if state["schema"] > SCHEMA:
-        raise UserError(f"{folder}/state.json: schema {state['schema']}", expected=f"at most {SCHEMA}", remedy="use the newer version that wrote it")
+        raise UserError(
+            f"{folder}/state.json: schema {state['schema']}",
+            expected=f"at most {SCHEMA}",
+            remedy="use the newer version that wrote it",
+        )
     return state
 
 
 def steps(run: Path) -> list[Path]:
     """Step directories, oldest first, valid or not."""
-    return sorted((p for p in run.glob("step_*") if p.name[5:].isdecimal() and p.is_dir()), key=lambda p: int(p.name[5:]))
+    return sorted(
+        (p for p in run.glob("step_*") if p.name[5:].isdecimal() and p.is_dir()),
+        key=lambda p: int(p.name[5:]),
+    )
 
 
 def newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
@@ -125,7 +151,9 @@ def prune(run: Path, keep: int) -> None:
     best = best_step(run)
     for folder in steps(run)[:-keep]:
         if folder != best:
-            doomed = folder.rename(folder.with_name(f".{folder.name}.tmp"))  # half-removed never looks like a step
+            doomed = folder.rename(
+                folder.with_name(f".{folder.name}.tmp")
+            )  # half-removed never looks like a step
             shutil.rmtree(doomed)
 
 
@@ -146,17 +174,32 @@ def newest_run(root: Path = Path("runs")) -> Path:
     """The run under `root` that was started or resumed last."""
     runs = [p for p in root.glob("*/") if is_run(p)]
     if not runs:
-        raise UserError(f"{root}: no runs", expected="a finished training run, or --model", remedy="train one with train_gpt2.py, or name a model")
-    return max(runs, key=lambda run: (run / "log.jsonl").stat().st_mtime if (run / "log.jsonl").exists() else 0.0)
+        raise UserError(
+            f"{root}: no runs",
+            expected="a finished training run, or --model",
+            remedy="train one with train_gpt2.py, or name a model",
+        )
+    return max(
+        runs,
+        key=lambda run: (
+            (run / "log.jsonl").stat().st_mtime if (run / "log.jsonl").exists() else 0.0
+        ),
+    )
 
 
-def load_model(name: str | None, warn: Callable[[str], None] = print, dropout: float = 0.0) -> tuple[GPT, tiktoken.Encoding, str]:
+def load_model(
+    name: str | None, warn: Callable[[str], None] = print, dropout: float = 0.0
+) -> tuple[GPT, tiktoken.Encoding, str]:
     """Model, its encoding, and what was picked: from a hub name, any Hugging Face directory, a step directory or a
     run directory (its best step if it keeps one, else its newest valid one); None is the newest run under runs/."""
     place = newest_run() if name is None else Path(name)
     if place.parts[:1] == ("runs",) and not place.exists():  # else it would be looked up on the hub
-        raise UserError(f"{place}: no such run", expected=", ".join(sorted(map(str, Path("runs").glob("*")))) or "a run that train_gpt2.py has made",
-                        remedy="check the name")
+        raise UserError(
+            f"{place}: no such run",
+            expected=", ".join(sorted(map(str, Path("runs").glob("*"))))
+            or "a run that train_gpt2.py has made",
+            remedy="check the name",
+        )
     if is_run(place):
         best = best_step(place)
         if best is not None and (fault := problem(best)):
@@ -164,9 +207,17 @@ def load_model(name: str | None, warn: Callable[[str], None] = print, dropout: f
             best = None
         place = best or newest_valid(place, warn)
         if place is None:
-            raise UserError(f"{name or newest_run()}: no valid checkpoint", expected="at least one step directory", remedy="train it further with --resume")
+            raise UserError(
+                f"{name or newest_run()}: no valid checkpoint",
+                expected="at least one step directory",
+                remedy="train it further with --resume",
+            )
     elif place.is_dir() and (place / "manifest.json").exists() and (fault := problem(place)):
-        raise UserError(f"{place}: {fault}", expected="the files its manifest.json lists", remedy="use another step of the run")
+        raise UserError(
+            f"{place}: {fault}",
+            expected="the files its manifest.json lists",
+            remedy="use another step of the run",
+        )
     picked = str(place)
     model = GPT.from_pretrained(picked, dropout)
     return model, encoding_of(model, picked), picked
@@ -177,4 +228,8 @@ def encoding_of(model: GPT, picked: str) -> tiktoken.Encoding:
     for name, size in (("bytes", 257), ("gpt2", 50257)):
         if model.config.vocab_size == size:
             return get_encoding(name)
-    raise UserError(f"{picked}: a vocabulary of {model.config.vocab_size:,} tokens", expected="257 (bytes) or 50257 (gpt2)", remedy="use a model with GPT-2's vocabulary")
+    raise UserError(
+        f"{picked}: a vocabulary of {model.config.vocab_size:,} tokens",
+        expected="257 (bytes) or 50257 (gpt2)",
+        remedy="use a model with GPT-2's vocabulary",
+    )
