@@ -1,14 +1,17 @@
-"""GPT-2: the network, its KV cache, its loss, and Hugging Face's file format in and out.
+"""GPT-2: configuration, network, KV cache, loss, then Hugging Face's file format in and out.
 
-Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, section 2.3), OpenAI's released code for what
-the paper leaves out, and "Language Models are Few-Shot Learners" (GPT-3, table 2.1).
+Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, section 2.3), OpenAI's
+released code for what the paper leaves out, and "Language Models are Few-Shot Learners" (GPT-3,
+table 2.1).
 
-Shapes: B batch, T time, S cached time, C = n_embd channels, H = n_head heads, D = C // H head size, V = vocab_size.
+Shapes: B batch, T time, S cached time, C = n_embd channels, H = n_head heads, D = C // H head
+size, V = vocab_size.
 """
 
 import json
 import math
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,14 +20,27 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from cli import UserError
+
+# ---------------------------------------------------------------------------------- configuration
+
+# No GPT-2 comes near these. They stop a wrong or hostile size before anything is allocated for it.
+LARGEST_SIZES = {
+    "n_layer": 400,
+    "n_head": 2**12,
+    "n_embd": 2**16,
+    "block_size": 2**20,
+    "vocab_size": 2**20,
+}
 
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """The shape of a GPT-2. Raises UserError for sizes that make no network."""
+
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -33,11 +49,20 @@ class GPTConfig:
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
 
     def __post_init__(self):
+        for field, largest in LARGEST_SIZES.items():
+            size = getattr(self, field)
+            if not 1 <= size <= largest:
+                raise UserError(
+                    f"{field} {size}",
+                    expected=f"1 to {largest:,}",
+                    remedy=f"choose {field} in that range",
+                )
         if self.n_embd % self.n_head:
+            multiple = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise UserError(
                 f"n_embd {self.n_embd} with n_head {self.n_head}",
-                expected="n_embd divisible by n_head",
-                remedy="change one of them",
+                expected="n_embd divisible by n_head, so that all heads have one size",
+                remedy=f"with {self.n_head} heads use n_embd {multiple}",
             )
 
 
@@ -50,54 +75,23 @@ SIZES = {
 }
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once for `length` tokens.
-
-    `position` counts the tokens stored so far. It is a tensor, so that a compiled one-token step sees the same graph
-    at every position. `seen` bounds what attention reads: whoever knows the position on the host may lower it to the
-    tokens that are there, including those of the next call, and spare attention the empty rest.
-    """
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int,
-        length: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)
-        self.k, self.v = (
-            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-            for _ in range(2)
-        )  # (B, H, S, D)
-        self.position = torch.zeros((), device=device, dtype=torch.long)
-        self.seen = length
-
-    def positions(self, T: int) -> torch.Tensor:
-        """Positions of the next T tokens, (T,)."""
-        return self.position + torch.arange(T, device=self.position.device)
-
-    def update(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, H, T, D) of the next T tokens; return what attention reads, (B, H, seen, D) in the cache's dtype."""
-        positions = self.positions(k.size(2))
-        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
-            kept.index_copy_(2, positions, new.to(kept.dtype))
-        return self.k[layer][:, :, : self.seen], self.v[layer][:, :, : self.seen]
+# ---------------------------------------------------------------------------------------- network
 
 
 class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and the tokens to its left."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.layer = layer  # the cache keeps keys and values by layer
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: "KVCache | None"
     ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -105,17 +99,22 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
             q = q.to(k.dtype)
-        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
         )
-        y = (
-            y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
-        )  # changes only what a cache of another dtype gave
+        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.to(qkv.dtype)  # a cache may be of another dtype than the activations
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
+    """Two linear layers with four times the channels between them."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -124,11 +123,12 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # GPT-2's GELU is the tanh approximation, not the exact one.
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block (GPT-2 section 2.3: layer norm moved to the input of each sub-block)."""
+    """Pre-norm residual block (GPT-2 section 2.3: a layer norm at the input of each sub-block)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -138,27 +138,28 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: "KVCache | None"
     ) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2. Parameters carry Hugging Face's names; linears are stored [out, in]; the head re-uses `wte.weight`."""
+    """GPT-2.
+
+    Parameters carry Hugging Face's names. Linear weights are stored [out, in]. The output head is
+    the token embedding `wte.weight` used a second time, so it has no parameter of its own.
+    """
+
+    revision: str | None = None  # the commit on the hub that the weights come from, if they do
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(
             {
-                # Not nn.Embedding(...): on the meta device its own initialisation imports two seconds' worth of modules.
-                "wte": nn.Embedding.from_pretrained(
-                    torch.empty(config.vocab_size, config.n_embd), freeze=False
-                ),
-                "wpe": nn.Embedding.from_pretrained(
-                    torch.empty(config.block_size, config.n_embd), freeze=False
-                ),
+                "wte": _embedding(config.vocab_size, config.n_embd),
+                "wpe": _embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
@@ -169,21 +170,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Normal weights of 0.02, positions of 0.01 (OpenAI's source), biases 0, and the two projections that write
-        into the residual stream scaled by 1/sqrt(2 n_layer), the number of residual branches (GPT-2 section 2.3)."""
+        """Draw fresh weights.
+
+        Weights are normal with standard deviation 0.02, positions 0.01 (OpenAI's source), biases 0.
+        The two projections that write into the residual stream are scaled by 1/sqrt(2 n_layer),
+        because 2 n_layer of them are added up (GPT-2 section 2.3).
+        """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
+            elif name.endswith("c_proj.weight"):
+                parameter.normal_(0.0, residual_std)
+            elif name.endswith("wpe.weight"):
+                parameter.normal_(0.0, 0.01)
             elif parameter.dim() == 2:
-                std = (
-                    residual_std
-                    if name.endswith("c_proj.weight")
-                    else 0.01
-                    if name.endswith("wpe.weight")
-                    else 0.02
-                )
-                parameter.normal_(0.0, std)
+                parameter.normal_(0.0, 0.02)
+            # What is left are the layer norms' weights: they stay 1.
 
     @property
     def device(self) -> torch.device:
@@ -197,24 +200,27 @@ class GPT(nn.Module):
         idx: torch.Tensor,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: "KVCache | None" = None,
     ) -> torch.Tensor:
-        """Final normed hidden states (B, T, C) of tokens idx (B, T).
+        """The final hidden states (B, T, C), layer norm applied, of tokens idx (B, T) int64.
 
-        positions: (T,) or (B, T), default 0 … T-1. mask: bool, True where a query (row) sees a key (column),
-        broadcastable to (B, H, T, S); default causal. With a cache, idx continues the tokens already in it.
+        positions: (T,) or (B, T), by default 0 … T-1.
+        mask: bool, True where a query (row) may see a key (column), broadcastable to (B, H, T, S),
+            by default causal.
+        cache: idx continues the tokens that are in it; positions and mask follow from it.
+
+        Raises ValueError for more than block_size tokens.
         """
         T = idx.size(1)
         if cache is not None:
             positions = cache.positions(T)
             mask = torch.arange(cache.seen, device=idx.device) <= positions[:, None]  # (T, S)
         elif positions is None:
-            if T > self.config.block_size:
+            if idx.size(1) > self.config.block_size:
                 raise ValueError(f"{T} tokens, but block_size is {self.config.block_size}")
             positions = torch.arange(T, device=idx.device)
-        x = self.transformer.drop(
-            self.transformer.wte(idx) + self.transformer.wpe(positions)
-        )  # (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, mask, cache)
         if cache is not None:
@@ -225,114 +231,287 @@ class GPT(nn.Module):
         """Logits (…, V) of hidden states (…, C)."""
         return F.linear(x, self.transformer.wte.weight)
 
-    def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, idx: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         """Logits (B, T, V) for tokens idx (B, T), int64."""
         return self.head(self.hidden(idx, cache=cache))
 
     def crop_context(self, block_size: int) -> None:
-        """Shorten the context by dropping the last positions."""
+        """Shorten the context by dropping the last positions. Raises UserError if it would grow."""
         if block_size > self.config.block_size:
             raise UserError(
                 f"a context of {block_size} tokens",
                 expected=f"at most {self.config.block_size}, the positions the model has learned",
-                remedy="lower --seq-len",
+                remedy="choose a shorter context",
             )
         self.config = replace(self.config, block_size=block_size)
-        wpe = self.transformer.wpe
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            wpe.weight.detach()[:block_size].clone(), freeze=False
-        )
+        positions = self.transformer.wpe.weight.detach()[:block_size].clone()
+        self.transformer.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike, dropout: float = 0.0) -> "GPT":
-        """GPT-2 from a local Hugging Face directory or a hub name such as `gpt2`, in float32, in eval mode.
+        """GPT-2 from a local Hugging Face directory or a hub name such as `gpt2`.
 
-        Raises UserError for a name that cannot be fetched, a config that is not plain GPT-2, and for missing,
-        misshapen or non-finite weights.
+        The model is in float32 and in evaluation mode. Its `revision` is the commit of a download.
+        Raises UserError for a name that cannot be fetched, a config that is not plain GPT-2, and
+        for weights that are missing, of another shape or type, or not finite.
         """
-        folder = Path(name_or_dir)
-        if folder.is_file():
-            raise UserError(
-                f"{folder}: a file",
-                expected="a directory with config.json and model.safetensors",
-                remedy="name the directory",
-            )
-        if not folder.is_dir():
-            folder = _download(str(name_or_dir))
-        config = _read_config(folder / "config.json", dropout)
-        with torch.device("meta"):
-            model = cls(config)
-        state = {}
-        for file in _weight_files(folder):
-            state |= _read_weights(file)
-        head = state.pop("lm_head.weight", None)
-        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        found = {name: tensor.shape for name, tensor in state.items()}
-        if wanted != found:
-            wrong = sorted(
-                name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
-            )[0]
-            raise UserError(
-                f"{folder}: {wrong} has shape {_shape(found.get(wrong))}",
-                expected=_shape(wanted.get(wrong)),
-                remedy="use weights that belong to this config.json",
-            )
-        if head is not None and not torch.equal(head, state["transformer.wte.weight"]):
-            raise UserError(
-                f"{folder}: lm_head.weight is not wte.weight",
-                expected="GPT-2's tied head",
-                remedy="only plain GPT-2 can be loaded",
-            )
-        model.load_state_dict(state, assign=True)
-        return model.requires_grad_(True).eval()
+        return _load(cls, name_or_dir, dropout)
 
     def save_pretrained(self, folder: str | os.PathLike, **extra_config) -> None:
-        """Write config.json, generation_config.json and model.safetensors, which transformers loads unchanged.
+        """Write config.json, generation_config.json and model.safetensors as transformers does.
 
-        `extra_config` adds keys to config.json (encoding, bos_token_id, eos_token_id).
+        `extra_config` adds keys to config.json, or replaces them: encoding, bos_token_id,
+        eos_token_id. The two ids are written for GPT-2's vocabulary and for bytes in any case.
         """
-        folder, c = Path(folder), self.config
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "n_layer": c.n_layer,
-            "n_head": c.n_head,
-            "n_embd": c.n_embd,
-            "n_positions": c.block_size,
-            "n_ctx": c.block_size,
-            "vocab_size": c.vocab_size,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "initializer_range": 0.02,
-            "embd_pdrop": c.dropout,
-            "attn_pdrop": c.dropout,
-            "resid_pdrop": c.dropout,
-            "tie_word_embeddings": True,
-            "dtype": "float32",
-            **extra_config,
-        }
-        generation = {
-            key: extra_config[key]
-            for key in ("bos_token_id", "eos_token_id")
-            if key in extra_config
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        state = {
-            name: (p.t() if name.endswith(TRANSPOSED) else p).detach().float().cpu().contiguous()
-            for name, p in self.named_parameters()
-        }
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(
-            folder / "config.json", folder / "model.safetensors"
-        )  # safetensors lets only the owner read it
+        _save(self, Path(folder), extra_config)
 
+
+def _embedding(rows: int, channels: int) -> nn.Embedding:
+    """An embedding without values yet.
+
+    On the meta device the initialisation in nn.Embedding(…) imports two seconds' worth of modules.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
+
+
+# ------------------------------------------------------------------------------------------ cache
+
+
+class KVCache:
+    """Keys and values of every layer, with room for `length` tokens.
+
+    position: how many tokens are stored. It is a tensor on the device, so that a compiled step for
+        one token is the same graph at every position.
+    seen: attention reads the first `seen` places; it starts at `length`. Places that hold nothing
+        yet are masked, so this is right but slow while the cache is nearly empty. A caller that
+        counts tokens itself may set `seen` to the number stored, the next call's tokens included.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)  # (B, H, S, D)
+        layers = range(config.n_layer)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.position = torch.zeros((), device=device, dtype=torch.long)
+        self.seen = length
+
+    def positions(self, T: int) -> torch.Tensor:
+        """Positions of the next T tokens, (T,)."""
+        return self.position + torch.arange(T, device=self.position.device)
+
+    def update(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, H, T, D) of the next T tokens.
+
+        Returns the keys and values that attention reads, (B, H, seen, D), in the cache's dtype.
+        """
+        positions = self.positions(k.size(2))
+        keys, values = self.k[layer], self.v[layer]
+        keys.index_copy_(2, positions, k.to(keys.dtype))
+        values.index_copy_(2, positions, v.to(values.dtype))
+        return keys[:, :, : self.seen], values[:, :, : self.seen]
+
+
+# ------------------------------------------------------------------------------------------- loss
+
+# Rows of logits that are held at once. More gains no speed, fewer leave matrix units idle.
+LOSS_ROWS = {"cpu": 512, "cuda": 8192, "mps": 4096}
+
+# The vocabulary is padded to a multiple of this inside the loss: matrix units work on aligned
+# sizes, and 50257 is odd. On a CPU it saves 5% of a training step.
+LOSS_ALIGNMENT = 64
+
+
+class NextTokenLoss(nn.Module):
+    """Mean cross-entropy of the next token, in float32: what is trained.
+
+    It is a module of its own because of DDP and torch.compile. DDP averages gradients across ranks
+    only for what the forward of the module that it wraps has computed. A loss computed beside that
+    forward would leave the ranks with different gradients, without an error. So DDP wraps this
+    module, and torch.compile compiles it: both see tokens come in and one number come out, with
+    the network, the head and the loss in one graph. Nothing outside of it is compiled.
+
+    It never holds the logits of a whole batch. They would be its largest tensor by far, because a
+    token has V = 50257 logits and only C = 768 channels. LinearCrossEntropy says how.
+    """
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """idx, targets: int64 (B, T). Returns a scalar in nats per token."""
+        x = self.model.hidden(idx)  # (B, T, C)
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))  # the last layer norm gave float32
+        return LinearCrossEntropy.apply(
+            x.flatten(0, 1),
+            self.model.transformer.wte.weight,
+            targets.flatten(),
+            torch.is_grad_enabled(),
+        )
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits x @ weight.T against targets, some rows at a time.
+
+    The rows of logits do not depend on each other. So forward makes the logits of a few rows,
+    takes from them their part of the loss and of both gradients, and drops them before it makes
+    the next. Backward only scales the two gradients, which are no larger than x and weight.
+
+    Softmax and loss are float32. The products are in x's dtype. The gradient of the weight is
+    summed up in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, needs_grad):
+        """x (N, C), weight (V, C), targets (N,) int64. Returns the loss, a float32 scalar."""
+        N, V = x.size(0), weight.size(0)
+        padding = -V % LOSS_ALIGNMENT
+        w = weight.to(x.dtype)
+        if padding:
+            w = F.pad(w, (0, 0, 0, padding))  # (P, C), P = V + padding
+        loss = torch.zeros((), device=x.device, dtype=torch.float32)
+        dx = dw = None
+        if needs_grad:
+            dx = torch.empty_like(x)
+            dw = torch.zeros(w.shape, device=x.device, dtype=torch.float32)
+
+        chunk = LOSS_ROWS[x.device.type]
+        for start in range(0, N, chunk):
+            rows = x[start : start + chunk]  # (n, C)
+            target = targets[start : start + chunk, None]  # (n, 1)
+            logits = rows @ w.t()  # (n, P)
+            if padding:
+                logits[:, V:] = -torch.inf  # probability 0: no part of the loss or the gradients
+            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            loss -= log_p.gather(1, target).sum()
+            if needs_grad:
+                # The gradient of the loss by its logits is the probabilities minus the one-hot
+                # target (divided by N, which backward does).
+                d_logits = _probabilities_minus_target(log_p, target).to(x.dtype)  # (n, P)
+                dx[start : start + chunk] = d_logits @ w
+                dw += d_logits.t() @ rows
+            del logits, log_p
+            d_logits = None  # all of this chunk is freed before the next one is made
+
+        ctx.save_for_backward(dx, dw[:V] if needs_grad else None)
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad: the gradient of what is minimised by this loss, a scalar."""
+        dx, dw = ctx.saved_tensors
+        scale = grad / dx.size(0)
+        return dx * scale, dw * scale, None, None
+
+
+def _probabilities_minus_target(log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """exp(log_p) - one_hot(target), float32 (n, P). Overwrites log_p (n, P) outside of compile."""
+    if torch.compiler.is_compiling():
+        # Compiled, this is one pass over the logits, and no float32 tensor of their size is made.
+        # A scatter would need one.
+        columns = torch.arange(log_p.size(1), device=log_p.device)  # (P,)
+        return log_p.exp() - (columns == target).float()
+    # Without compile each operation makes a tensor of that size, so these work in place.
+    p = log_p.exp_()
+    minus_one = torch.full_like(target, -1.0, dtype=torch.float32)
+    return p.scatter_add_(1, target, minus_one)
+
+
+# ----------------------------------------------------------------------- Hugging Face's files: out
 
 # Hugging Face's GPT-2 stores these four as [in, out] ("Conv1D"), the transpose of nn.Linear.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-# Options of Hugging Face's GPT2Config that change the function computed, with the values that are plain GPT-2.
+# <|endoftext|> begins and ends a text. It is the last token of both encodings, bytes and gpt2.
+END_OF_TEXT_IDS = {257: 256, 50257: 50256}
+
+
+def _save(model: GPT, folder: Path, extra_config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    c = model.config
+    special_tokens = {}
+    if c.vocab_size in END_OF_TEXT_IDS:
+        end_of_text = END_OF_TEXT_IDS[c.vocab_size]
+        special_tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_embd": c.n_embd,
+        "n_positions": c.block_size,
+        "n_ctx": c.block_size,
+        "vocab_size": c.vocab_size,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "network_probe": network_probe(),
+        **special_tokens,
+        **extra_config,
+    }
+    # Without max_length, transformers' pipeline generates past the last position and fails.
+    generation = {"max_length": c.block_size}
+    for key in ("bos_token_id", "eos_token_id"):
+        if key in config:
+            generation[key] = config[key]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        tensors[name] = tensor.float().cpu().contiguous()
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", weights)  # safetensors lets only the owner read it
+
+
+@torch.no_grad()
+def network_probe() -> list[float]:
+    """What the network computes, as four numbers: logits of a tiny model with fixed weights.
+
+    A saved model carries them. If somebody edits the network, another activation for instance, the
+    numbers change, and a model saved by the code of before is refused instead of giving plausible
+    nonsense. A change of formatting, names or speed leaves them as they are.
+    """
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # leaves training's dropout as is
+        model = GPT(config).double().eval()
+    for number, parameter in enumerate(model.parameters(), start=1):
+        places = torch.arange(parameter.numel(), device="cpu", dtype=torch.float64)
+        parameter.copy_(torch.sin(number + 1.7 * places).view(parameter.shape))
+    idx = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]], device="cpu")
+    logits = model(idx)[0, -1, :4]
+    return [round(logit, 6) for logit in logits.tolist()]
+
+
+# ------------------------------------------------------------------------ Hugging Face's files: in
+
+INDEX = "model.safetensors.index.json"
+
+# A config of GPT-2 has 1 kB, and the header of GPT-2 XL's weights 64 kB.
+LARGEST_JSON = 2**20
+
+# Options of Hugging Face's GPT2Config that change the function computed, with the values that are
+# plain GPT-2. The first is the default.
 PLAIN_GPT2 = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -344,7 +523,7 @@ PLAIN_GPT2 = {
     "quantization_config": (None,),
 }
 
-# Our fields: their keys.
+# Our fields, and their keys in config.json.
 SIZE_KEYS = {
     "n_layer": "n_layer",
     "n_head": "n_head",
@@ -353,55 +532,212 @@ SIZE_KEYS = {
     "vocab_size": "vocab_size",
 }
 
-INDEX = "model.safetensors.index.json"
 CONVERT = (
-    "for pickled weights convert them once where you trust them: "
-    "transformers' AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), then name the folder"
+    "for pickled weights convert them once where you trust them: transformers' "
+    "AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), then name the folder"
+)
+MERGE_ADAPTER = (
+    "a peft adapter is not a whole model: load it with peft, call merge_and_unload(), then "
+    "save_pretrained(folder), and name that folder"
 )
 
 
-def _shape(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else "×".join(map(str, shape))
+def read_config(name_or_dir: str | os.PathLike) -> GPTConfig:
+    """The shape of a saved GPT-2: of a directory, a config.json, or a name on the hub.
 
-
-def _read_json(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(values, dict):
-            return values
-        fault = f"a {type(values).__name__}"
-    except FileNotFoundError:
-        raise UserError(
-            f"{file}: not there",
-            expected="a Hugging Face GPT-2 directory",
-            remedy="check the path or the hub name",
-        ) from None
-    except ValueError as error:
-        fault = str(error)
-    raise UserError(f"{file}: {fault}", expected="a JSON object", remedy="fetch the file again")
-
-
-def _read_config(file: Path, dropout: float) -> GPTConfig:
+    Reads config.json and nothing else. Raises UserError if it is not that of a plain GPT-2.
+    """
+    file = _config_file(name_or_dir)
     values = _read_json(file)
 
     def refuse(key: str, expected: str):
         raise UserError(
-            f"{file}: {key} is {values.get(key)!r}",
+            f"{file}: {key} is {_short(values.get(key))}",
             expected=expected,
             remedy="only plain GPT-2 can be loaded",
         )
 
-    for key, good in PLAIN_GPT2.items():
-        if values.get(key, good[0]) not in good:
-            refuse(key, " or ".join(map(repr, good)))
-    for key in SIZE_KEYS.values():
-        if type(values.get(key)) is not int or values[key] < 1:
-            refuse(key, "a positive integer")
-    if values.get("n_inner") not in (None, 4 * values["n_embd"]):
-        refuse("n_inner", f"null or {4 * values['n_embd']}")
-    return GPTConfig(
-        **{ours: values[theirs] for ours, theirs in SIZE_KEYS.items()}, dropout=dropout
+    for key, accepted in PLAIN_GPT2.items():
+        if values.get(key, accepted[0]) not in accepted:
+            refuse(key, " or ".join(map(repr, accepted)))
+    sizes = {}
+    for field, key in SIZE_KEYS.items():
+        size = values.get(key)
+        if type(size) is not int or not 1 <= size <= LARGEST_SIZES[field]:
+            refuse(key, f"an integer from 1 to {LARGEST_SIZES[field]:,}")
+        sizes[field] = size
+    if sizes["n_embd"] % sizes["n_head"]:
+        refuse("n_head", f"a divisor of n_embd, {sizes['n_embd']}")
+    if values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        refuse("n_inner", f"null or {4 * sizes['n_embd']}")
+    _check_probe(file, values.get("network_probe"))
+    return GPTConfig(**sizes)
+
+
+def _check_probe(file: Path, saved: object) -> None:
+    """Refuse a model that another network has written. Files of transformers have no probe."""
+    if saved is None:
+        return
+    probe = network_probe()
+    same_network = (
+        isinstance(saved, list)
+        and len(saved) == len(probe)
+        and all(isinstance(number, float) for number in saved)
+        # Other versions of torch may round the last digit differently.
+        and all(abs(a - b) < 1e-5 for a, b in zip(saved, probe, strict=True))
     )
+    if same_network:
+        return
+    raise UserError(
+        f"{file}: saved by another network (network_probe {_short(saved)})",
+        expected=f"{probe}, which is what the network in this model.py computes",
+        remedy="use the model.py that trained it, or train it again with this one",
+    )
+
+
+def _load(cls: type[GPT], name_or_dir: str | os.PathLike, dropout: float) -> GPT:
+    """What GPT.from_pretrained does: everything is checked before a weight is read."""
+    config_file = _config_file(name_or_dir)
+    config = read_config(config_file)
+    folder = config_file.parent
+    revision = None
+    if not Path(name_or_dir).exists():  # it came from the hub
+        revision = folder.name  # all files of one commit, even if the branch moves meanwhile
+        _download_weights(str(name_or_dir), folder, revision)
+    with torch.device("meta"):
+        model = cls(replace(config, dropout=dropout))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = _stored_tensors(folder)
+    _check_stored(folder, stored, shapes)
+    state = _read_tensors(stored)
+    head = state.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, state["transformer.wte.weight"]):
+        raise UserError(
+            f"{folder}: lm_head.weight is not wte.weight",
+            expected="GPT-2's tied head",
+            remedy="only plain GPT-2 can be loaded",
+        )
+    model.load_state_dict(state, assign=True)
+    model.revision = revision
+    return model.requires_grad_(True).eval()
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor in a safetensors file, as its header describes it."""
+
+    file: Path
+    name: str  # in the file
+    dtype: str
+    shape: tuple[int, ...]  # as ours: [out, in]
+
+
+def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
+    """By our names, all tensors that are parameters or the head. Reads the headers alone."""
+    stored = {}
+    for file in _weight_files(folder):
+        for name, entry in _read_header(file).items():
+            # Older files carry the causal mask, which is no parameter.
+            if name == "__metadata__" or name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue
+            our_name = name
+            if not name.startswith(("transformer.", "lm_head.")):  # OpenAI's upload has no prefix
+                our_name = f"transformer.{name}"
+            if our_name in stored:
+                raise UserError(
+                    f"{file}: {_plain(our_name)} is there twice",
+                    expected="each weight once",
+                    remedy="use another checkpoint",
+                )
+            shape = tuple(entry["shape"])
+            if name.endswith(TRANSPOSED):
+                shape = shape[::-1]
+            stored[our_name] = _StoredTensor(file, name, entry["dtype"], shape)
+    # The head is the token embedding, and some tools keep it under that name alone.
+    if "lm_head.weight" in stored and "transformer.wte.weight" not in stored:
+        stored["transformer.wte.weight"] = stored.pop("lm_head.weight")
+    return stored
+
+
+def _read_header(file: Path) -> dict[str, dict]:
+    """The header of a safetensors file: name, dtype and shape of each tensor."""
+    if not file.is_file():
+        raise _no_weights(file)
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        text = f.read(min(length, LARGEST_JSON))
+    if length > LARGEST_JSON:
+        raise UserError(
+            f"{file}: a header of {length:,} bytes",
+            expected=f"a safetensors file with a header of at most {LARGEST_JSON:,}",
+            remedy="fetch the file again (a Git LFS pointer is not the weights)",
+        )
+    try:
+        # safetensors checks that the header is whole and that no tensors overlap.
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(
+            f"{file}: {_plain(str(error))}",
+            expected="a safetensors file",
+            remedy="fetch the file again (a Git LFS pointer is not the weights)",
+        ) from None
+    return json.loads(text)
+
+
+def _check_stored(
+    folder: Path, stored: dict[str, _StoredTensor], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Refuse stored tensors that are not the parameters of these shapes, in floating point."""
+    if "lm_head.weight" in stored:
+        shapes = shapes | {"lm_head.weight": shapes["transformer.wte.weight"]}
+    for name in sorted(shapes.keys() | stored.keys()):
+        found = stored[name].shape if name in stored else None
+        if found != shapes.get(name):
+            raise UserError(
+                f"{folder}: {_plain(name)} has shape {_shape(found)}",
+                expected=_shape(shapes.get(name)),
+                remedy="use weights that belong to this config.json",
+            )
+        dtype = stored[name].dtype
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"{stored[name].file}: {name} is of type {dtype}",
+                expected="F32, F16, BF16 or F64",
+                remedy="use weights that are not quantised",
+            )
+
+
+def _read_tensors(stored: dict[str, _StoredTensor]) -> dict[str, torch.Tensor]:
+    """The tensors in float32, linears as [out, in]. Raises UserError for NaN and Inf."""
+    by_file = {}
+    for our_name, tensor in stored.items():
+        by_file.setdefault(tensor.file, []).append((our_name, tensor.name))
+
+    state = {}
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as f:  # maps the file: `convert` reads it
+            mapped = [(our_name, f.get_tensor(name)) for our_name, name in names]
+
+        def convert(item: tuple[str, torch.Tensor], file: Path = file) -> torch.Tensor:
+            name, tensor = item
+            tensor = tensor.float()
+            smallest_and_largest = torch.stack(torch.aminmax(tensor))
+            if not smallest_and_largest.isfinite().all():  # 40 times as fast as all elements
+                raise UserError(
+                    f"{file}: {name} holds NaN or Inf",
+                    expected="finite weights",
+                    remedy="use another checkpoint",
+                )
+            if name.endswith(TRANSPOSED):
+                tensor = tensor.t().contiguous()
+            return tensor
+
+        # Most of the time goes into page faults, which threads share.
+        with ThreadPoolExecutor(4) as pool:
+            tensors = pool.map(convert, mapped)
+            state |= {name: t for (name, _), t in zip(mapped, tensors, strict=True)}
+    return state
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -410,101 +746,143 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists() or not index.exists():
         return [folder / "model.safetensors"]
     weight_map = _read_json(index).get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:
         # An index must neither lead out of its folder nor to a pickle.
-        if (
-            not isinstance(name, str)
-            or os.path.basename(name) != name
-            or not name.endswith(".safetensors")
-        ):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UserError(
-                f"{index}: names the file {name!r}",
+                f"{index}: names the file {_short(name)}",
                 expected="names of safetensors files beside it",
                 remedy="use a checkpoint from a source you trust",
             )
     return [folder / name for name in sorted(set(names))]
 
 
-def _read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """One safetensors file in float32 under our names: with prefix, linears [out, in], without causal masks."""
+def _no_weights(file: Path) -> UserError:
+    """The error for weights that are not there, with the remedy for what is there instead."""
+    if file.exists() or file.is_symlink():
+        return UserError(
+            f"{file}: not a regular file",
+            expected="weights as safetensors",
+            remedy="remove it, and fetch the weights again",
+        )
+    variants = sorted(other.name for other in file.parent.glob("model.*.safetensors"))
+    other_formats = ("tf_model.h5", "flax_model.msgpack", "model.onnx", "onnx", "rust_model.ot")
+    others = [name for name in other_formats if (file.parent / name).exists()]
+    remedy = CONVERT
+    if variants:
+        remedy = f"{variants[0]} is there: if it holds the whole model, rename it"
+    elif others and not (file.parent / "pytorch_model.bin").exists():
+        remedy = f"{others[0]} is of another framework: get the model's safetensors for PyTorch"
+    return UserError(f"{file}: not there", expected="weights as safetensors", remedy=remedy)
+
+
+def _read_json(file: Path) -> dict:
+    """A JSON object of at most LARGEST_JSON bytes, from a regular file."""
+    if not file.is_file():
+        is_there = file.exists() or file.is_symlink()
+        is_adapter = (file.parent / "adapter_config.json").exists()
+        raise UserError(
+            f"{file}: {'not a regular file' if is_there else 'not there'}",
+            expected="a Hugging Face GPT-2 directory",
+            remedy=MERGE_ADAPTER if is_adapter else "check the path or the hub name",
+        )
+    with open(file, "rb") as f:
+        text = f.read(LARGEST_JSON + 1)
     try:
-        raw = load_file(file)  # maps the file: it is read below
-    except FileNotFoundError:
+        if len(text) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON:,} bytes")
+        values = json.loads(text.decode("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__}")
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise UserError(
-            f"{file}: not there", expected="weights as safetensors", remedy=CONVERT
+            f"{file}: {error}", expected="a JSON object", remedy="fetch the file again"
         ) from None
-    except SafetensorError as error:
+    return values
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else "×".join(map(str, shape))
+
+
+def _short(value: object) -> str:
+    """A value from a file, for an error: one line that is not endless."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
+def _plain(text: str) -> str:
+    """A name from a file, for an error: without control characters, and not endless."""
+    visible = "".join(character for character in text if character.isprintable())
+    return visible if len(visible) <= 200 else visible[:200] + "…"
+
+
+# ---------------------------------------------------------------------------------------- the hub
+
+# huggingface_hub does the downloads, with its cache (HF_HOME), mirrors (HF_ENDPOINT), tokens
+# (HF_TOKEN), offline mode (HF_HUB_OFFLINE), retries and resumption.
+
+
+def _config_file(name_or_dir: str | os.PathLike) -> Path:
+    """config.json of a directory, or of a repository on the hub, which is downloaded."""
+    place = Path(name_or_dir)
+    if place.name == "config.json":
+        return place
+    if place.is_dir():
+        return place / "config.json"
+    if place.exists():
         raise UserError(
-            f"{file}: {error}",
-            expected="a safetensors file",
-            remedy="fetch the file again (a Git LFS pointer is not the weights)",
-        ) from None
-
-    def convert(name: str) -> tuple[str, torch.Tensor]:
-        tensor = raw[name].float()
-        if (
-            tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all()
-        ):  # 40 times as fast as isfinite(tensor)
-            raise UserError(
-                f"{file}: {name} holds NaN or Inf",
-                expected="finite weights",
-                remedy="use another checkpoint",
-            )
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.transpose(0, -1).contiguous()
-        return name if name.startswith(
-            ("transformer.", "lm_head.")
-        ) else f"transformer.{name}", tensor
-
-    # Older files carry the causal mask, which is no parameter.
-    names = [name for name in raw if not name.endswith((".attn.bias", ".attn.masked_bias"))]
-    with ThreadPoolExecutor(
-        4
-    ) as pool:  # most of the time goes into page faults, which threads share
-        return dict(pool.map(convert, names))
+            f"{place}: a file",
+            expected="a directory with config.json and model.safetensors",
+            remedy="name the directory",
+        )
+    return _download(str(name_or_dir), "config.json")
 
 
-def _download(name: str) -> Path:
-    """Fetch the config and, if it is plain GPT-2, the safetensors of a hub repository; return their folder.
+def _download_weights(name: str, folder: Path, revision: str) -> None:
+    """Fetch model.safetensors, or its parts, of a repository into the folder of its config."""
+    from huggingface_hub.errors import EntryNotFoundError
 
-    The hub's own client does it, with its cache (HF_HOME), mirrors (HF_ENDPOINT), tokens (HF_TOKEN), offline mode
-    (HF_HUB_OFFLINE), retries and resumption.
-    """
+    try:
+        _download(name, "model.safetensors", revision, missing_ok=True)
+    except EntryNotFoundError:
+        _download(name, INDEX, revision)
+        for file in _weight_files(folder):
+            _download(name, file.name, revision)
+
+
+def _download(
+    name: str, file: str, revision: str | None = None, *, missing_ok: bool = False
+) -> Path:
+    """Fetch one file of a hub repository. Raises EntryNotFoundError if it may be missing and is."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
+    # Some versions of the client follow "..", so the name is checked here too.
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII) or ".." in name:
+        raise _download_error(name, "neither a directory nor a possible hub name", "check the path")
     try:
-        config = Path(hf_hub_download(name, "config.json"))
-        _read_config(config, 0.0)
-        folder, revision = (
-            config.parent,
-            config.parent.name,
-        )  # all files of one commit, even if the branch moves meanwhile
-        try:
-            hf_hub_download(name, "model.safetensors", revision=revision)
-        except EntryNotFoundError:
-            hf_hub_download(name, INDEX, revision=revision)
-            for file in _weight_files(folder):
-                hf_hub_download(name, file.name, revision=revision)
-        return folder
-    except (
-        HTTPError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # RuntimeError is what its Rust extension raises
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # The client's Rust extension raises RuntimeError.
+        if missing_ok and isinstance(error, EntryNotFoundError):
+            raise
         if isinstance(error, OSError) and error.errno:
             raise  # the disk's fault, which it names
-        found, remedy = _download_fault(error)
-        raise UserError(
-            f"{name}: {found}",
-            expected="a local directory, or a GPT-2 with safetensors weights on the hub",
-            remedy=remedy,
-        ) from None
+        found, remedy = _download_fault(error, file)
+        raise _download_error(name, found, remedy) from None
 
 
-def _download_fault(error: Exception) -> tuple[str, str]:
+def _download_error(name: str, found: str, remedy: str) -> UserError:
+    return UserError(
+        f"{_plain(name)}: {found}",
+        expected="a local directory, or a GPT-2 with safetensors weights on the hub",
+        remedy=remedy,
+    )
+
+
+def _download_fault(error: Exception, file: str) -> tuple[str, str]:
     """What went wrong in the hub client, and the remedy."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -516,101 +894,22 @@ def _download_fault(error: Exception) -> tuple[str, str]:
     if isinstance(error, HFValidationError):
         return "neither a directory nor a possible hub name", "check the path"
     if isinstance(error, RemoteEntryNotFoundError):
-        return f"the hub's repository has no {str(error.response.url).rpartition('/')[2]}", CONVERT
+        remedy = MERGE_ADAPTER if file == "config.json" else CONVERT
+        return f"the hub's repository has no {file}", remedy
     if isinstance(error, GatedRepoError):
         return "gated", "accept its terms on its hub page and set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
-        return (
-            "no such directory, and on the hub no such model that you may see",
-            "check the name, or set HF_TOKEN if it is private",
-        )
-    cause = (
-        error.__cause__ or error
-    )  # the client wraps connection faults once it has found nothing in its cache
-    if getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
+        found = "no such directory, and on the hub no such model that you may see"
+        return found, "check the name, or set HF_TOKEN if it is private"
+    # The client wraps connection faults once it has found nothing in its cache.
+    cause = error.__cause__ or error
+    response = getattr(cause, "response", None)
+    if getattr(response, "status_code", None) in (401, 403):
         return "the hub refused the token", "check HF_TOKEN"
     reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    reason = re.sub(r"://[^/\s]*@", "://", reason)  # HF_ENDPOINT may hold a password
     return (
-        f"no such directory, not in the hub client's cache, and not to be had from the hub ({reason})",
+        "no such directory, not in the hub client's cache, and not to be had from the hub "
+        f"({_plain(reason)})",
         "check the name, the connection, HF_ENDPOINT and HF_HUB_OFFLINE, then try again",
     )
-
-
-class NextTokenLoss(nn.Module):
-    """Mean cross-entropy of the next token, float32: what DDP wraps and torch.compile compiles.
-
-    DDP synchronises only what its own forward computed, so the loss is a module's forward, not a method beside it.
-    """
-
-    def __init__(self, model: GPT):
-        super().__init__()
-        self.model = model
-
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """idx, targets: int64 (B, T); returns a scalar in nats per token."""
-        x = self.model.hidden(idx)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return LinearCrossEntropy.apply(
-            x.flatten(0, 1),
-            self.model.transformer.wte.weight,
-            targets.flatten(),
-            torch.is_grad_enabled(),
-        )
-
-
-LOSS_ROWS = {
-    "cpu": 512,
-    "cuda": 8192,
-    "mps": 4096,
-}  # a chunk of the loss: larger gains nothing, smaller starves the matrix units
-LOSS_ALIGNMENT = 64  # rows of zeros keep matrix units aligned (50257 is odd), 5% of a training step on a CPU; they never leave the loss
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T against targets, a chunk of rows at a time.
-
-    The logits of a whole batch are the largest tensor of a GPT-2 by far (V = 50257 against C = 768) and are never
-    needed at once: each chunk's logits give its share of the loss and, in the same pass, of both gradients, and are
-    dropped. Softmax and loss are float32, products in x's dtype, the weight gradient is summed in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, needs_grad):
-        """x (N, C), weight (V, C), targets (N,)."""
-        N, V = x.size(0), weight.size(0)
-        padding = -V % LOSS_ALIGNMENT
-        w = weight.to(x.dtype)
-        if padding:
-            w = F.pad(w, (0, 0, 0, padding))
-        loss = torch.zeros((), device=x.device, dtype=torch.float32)
-        dx = torch.empty_like(x) if needs_grad else None
-        dw = torch.zeros(w.shape, device=x.device, dtype=torch.float32) if needs_grad else None
-        chunk = LOSS_ROWS[x.device.type]
-        for start in range(0, N, chunk):
-            rows, target = (
-                x[start : start + chunk],
-                targets[start : start + chunk, None],
-            )  # (n, C), (n, 1)
-            logits = rows @ w.t()  # (n, V + padding)
-            if padding:
-                logits[:, V:] = -torch.inf
-            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-            loss -= log_p.gather(1, target).sum()
-            if needs_grad:
-                d_logits = (
-                    log_p.exp_()
-                    .scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-                    .to(x.dtype)
-                )
-                dx[start : start + chunk] = d_logits @ w
-                dw += d_logits.t() @ rows
-            logits = log_p = d_logits = None  # gone before the next chunk's are made
-        ctx.save_for_backward(dx, dw[:V] if needs_grad else None)
-        return loss / N
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        scale = grad / dx.size(0)
-        return dx * scale, dw * scale, None, None

@@ -1,4 +1,4 @@
-"""The network against transformers' GPT-2: logits, loss, gradients, cache, compile; and what initialisation promises."""
+"""The network against transformers' GPT-2, the loss against the plain one, initialisation."""
 
 import math
 from dataclasses import replace
@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cli import UserError
 from model import (
     GPT,
     LOSS_ROWS,
@@ -35,7 +36,7 @@ def random_model(config: GPTConfig) -> GPT:
 
 
 def transformers_twin(model: GPT):
-    """transformers' GPT-2 around the same weights (views of them, so that large models cost no second copy)."""
+    """transformers' GPT-2 around views of the same weights: large models cost no second copy."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
@@ -144,12 +145,8 @@ def test_openai_sizes(name, layers, noise):
         assert GPT(SIZES[name]).num_parameters() == PARAMETERS[name]
         model = GPT(replace(SIZES[name], n_layer=layers)).eval()
     state = {}
-    for (
-        key,
-        parameter,
-    ) in (
-        model.named_parameters()
-    ):  # random places of one random block: drawing all of it would take half a minute
+    # Views of random places in one block of noise: drawing all of it would take half a minute.
+    for key, parameter in model.named_parameters():
         start = int(torch.randint(noise.numel() - parameter.numel(), ()))
         state[key] = noise[start : start + parameter.numel()].view(parameter.shape)
         if ".ln_" in key and key.endswith("weight"):
@@ -171,13 +168,38 @@ def test_no_token_sees_the_future():
     )
 
 
+@pytest.mark.parametrize(
+    "sizes, found",
+    [
+        ({"n_embd": 30, "n_head": 4}, "with 4 heads use n_embd 32"),
+        ({"n_embd": 3, "n_head": 8}, "with 8 heads use n_embd 8"),
+        ({"n_head": 0}, "n_head 0; expected 1 to"),
+        ({"n_layer": 10**9}, "n_layer 1000000000; expected 1 to"),
+        ({"vocab_size": 10**18}, "vocab_size 1000000000000000000; expected 1 to"),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(sizes, found):
+    with pytest.raises(UserError, match=found):
+        GPTConfig(**sizes)
+
+
+def test_a_context_can_only_shrink():
+    model = random_model(SHAPES[0])
+    x = torch.randint(257, (1, 16))
+    expected = model(x)
+    model.crop_context(16)
+    assert model.config.block_size == 16 and torch.equal(model(x), expected)
+    with pytest.raises(UserError, match="a context of 17 tokens; expected at most 16"):
+        model.crop_context(17)
+
+
 def test_context_is_bounded():
     with pytest.raises(ValueError, match="33 tokens, but block_size is 32"):
         random_model(SHAPES[0])(torch.zeros(1, 33, dtype=torch.long))
 
 
 def test_dropout_equals_transformers():
-    """The same places in the same order: with the same seed both drop the same values, and nothing in evaluation."""
+    """With the same seed both drop the same values, and in evaluation nothing."""
     model = random_model(
         GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.2)
     )
@@ -192,7 +214,7 @@ def test_dropout_equals_transformers():
     assert torch.allclose(model.eval()(x), twin.eval()(x).logits, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def reference(x, weight, targets):
@@ -246,7 +268,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_batch():
     assert_close(gradients(model), whole, 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- initialisation
+# ----------------------------------------------------------------------------------- initialisation
 
 
 def test_initialisation():

@@ -1,20 +1,32 @@
-"""Hugging Face's format in and out: round trips with transformers, refusals, and the real hub client on a local server."""
+"""Hugging Face's format: round trips with transformers, refusals, the real hub client."""
 
 import hashlib
 import http.server
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import model as model_module
 from cli import UserError
-from model import GPT, INDEX, GPTConfig
+from model import (
+    GPT,
+    INDEX,
+    LARGEST_JSON,
+    MLP,
+    TRANSPOSED,
+    GPTConfig,
+    NextTokenLoss,
+    read_config,
+)
 from tokens import get_encoding, save_tokenizer
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=257)
@@ -46,7 +58,7 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------- transformers
+# ------------------------------------------------------------------------------------- transformers
 
 
 def test_round_trip_through_transformers(model, saved, tmp_path):
@@ -110,13 +122,31 @@ def test_half_precision_becomes_float32(model, saved):
     assert same(GPT.from_pretrained(saved), model.bfloat16().float())
 
 
-def test_trains_on(saved):
+def test_a_loaded_model_trains_on_as_transformers_does(saved):
+    """One AdamW step from the same directory moves every parameter to the same place."""
+    from transformers import AutoModelForCausalLM
+
+    ours = GPT.from_pretrained(saved).train()
+    theirs = AutoModelForCausalLM.from_pretrained(saved).train()
+    x = torch.randint(257, (4, 24))
+    start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    losses = [NextTokenLoss(ours)(x[:, :-1], x[:, 1:]), theirs(x, labels=x).loss]
+    for network, loss in zip([ours, theirs], losses, strict=True):
+        loss.backward()
+        torch.optim.SGD(network.parameters(), lr=0.1).step()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        their_parameter = expected[name].t() if name.endswith(TRANSPOSED) else expected[name]
+        assert torch.allclose(parameter, their_parameter, atol=1e-6), name
+        assert not torch.equal(parameter, start[name]), name
+
+
+def test_a_model_is_loaded_for_evaluation_with_the_dropout_asked_for(saved):
     model = GPT.from_pretrained(saved, dropout=0.1)
-    assert (
-        not model.training
-        and model.config.dropout == 0.1
-        and all(p.requires_grad and p.is_contiguous() for p in model.parameters())
-    )
+    assert not model.training
+    x = torch.zeros(1, 24, dtype=torch.long)
+    assert torch.equal(model(x), GPT.from_pretrained(saved)(x))
+    assert not torch.equal(model.train()(x), model(x))  # two draws
 
 
 TEXTS = [
@@ -152,9 +182,17 @@ def test_autotokenizer_equals_tiktoken(gpt2_vocabulary, tmp_path):
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_bytes_have_no_tokenizer_files(tmp_path):
+def test_autotokenizer_gives_the_bytes(model, tmp_path):
+    from transformers import AutoTokenizer
+
+    model.save_pretrained(tmp_path)
     save_tokenizer(get_encoding("bytes"), tmp_path)
-    assert not list(tmp_path.iterdir())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 257 and tokenizer.eos_token_id == 256
+    for text in TEXTS:
+        ids = get_encoding("bytes").encode(text, allowed_special="all")
+        assert tokenizer(text)["input_ids"] == ids, text[:80]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_lm_eval_scores_a_saved_model(gpt2_vocabulary, tmp_path):
@@ -178,7 +216,264 @@ def test_lm_eval_scores_a_saved_model(gpt2_vocabulary, tmp_path):
     assert harness.max_length == 64 and harness.eot_token_id == 50256
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+def test_a_head_without_an_embedding_is_the_embedding(model, saved):
+    rewrite(
+        saved,
+        lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}),
+    )
+    assert same(GPT.from_pretrained(saved), model)
+
+
+def test_rows_beyond_the_encoding_load(tmp_path):
+    wide = GPT(replace(CONFIG, vocab_size=264))
+    wide.save_pretrained(tmp_path, encoding="bytes")
+    assert same(GPT.from_pretrained(tmp_path), wide)
+
+
+@pytest.mark.parametrize("vocab_size, end_of_text", [(257, 256), (50257, 50256), (300, None)])
+def test_saving_alone_writes_the_end_of_text(tmp_path, vocab_size, end_of_text):
+    GPT(GPTConfig(1, 1, 4, 8, vocab_size)).save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / name).read_text())
+        assert values.get("bos_token_id") == values.get("eos_token_id") == end_of_text
+
+
+def test_extra_config_replaces_and_adds(model, tmp_path):
+    model.save_pretrained(tmp_path, encoding="other", eos_token_id=7)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["encoding"], config["bos_token_id"], config["eos_token_id"]) == ("other", 256, 7)
+
+
+def test_a_pipeline_without_a_length_stops_at_the_context(gpt2_vocabulary, tmp_path):
+    from transformers import pipeline
+
+    GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=24)).save_pretrained(tmp_path)
+    save_tokenizer(get_encoding("gpt2"), tmp_path)
+    (answer,) = pipeline("text-generation", str(tmp_path), device="cpu")("Hello world")
+    assert 2 < len(get_encoding("gpt2").encode(answer["generated_text"])) <= 24
+
+
+# ---------------------------------------------------------------------------------- another network
+
+
+def test_saving_leaves_the_random_numbers_as_they_are(model, tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [lambda x: x.relu().square(), torch.nn.functional.gelu, torch.nn.functional.silu],
+    ids=["squared-relu", "exact-gelu", "silu"],
+)
+def test_a_model_of_another_activation_is_refused_once_the_edit_is_undone(
+    tmp_path, monkeypatch, activation
+):
+    def forward(self, x):
+        return self.dropout(self.c_proj(activation(self.c_fc(x))))
+
+    with monkeypatch.context() as edit:
+        edit.setattr(MLP, "forward", forward)
+        edited = GPT(CONFIG)
+        edited.save_pretrained(tmp_path)
+        assert same(GPT.from_pretrained(tmp_path), edited)
+    with pytest.raises(UserError, match="config.json: saved by another network"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_model_without_layer_norm_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: x)
+    with pytest.raises(UserError, match="config.json: saved by another network"):
+        read_config(saved)
+
+
+@pytest.mark.parametrize("probe", ["x", [], [1, 2, 3, 4], [None] * 4, {}, 0, [1e999] * 4])
+def test_a_probe_that_is_none_is_refused(saved, probe):
+    edit_config(saved, network_probe=probe)
+    with pytest.raises(UserError, match="config.json: saved by another network"):
+        read_config(saved)
+
+
+def test_a_config_without_a_probe_is_plain_gpt2(model, saved):
+    config = json.loads((saved / "config.json").read_text())
+    del config["network_probe"]
+    (saved / "config.json").write_text(json.dumps(config))
+    assert same(GPT.from_pretrained(saved), model)
+
+
+# -------------------------------------------------------------------------------------- read_config
+
+
+def test_read_config_reads_no_weights(saved):
+    (saved / "model.safetensors").unlink()
+    assert read_config(saved) == read_config(saved / "config.json") == CONFIG
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def edit_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "key, size",
+    [
+        ("n_layer", 10**9),
+        ("n_layer", 10**5),
+        ("n_embd", 10**9),
+        ("n_head", 10**9),
+        ("n_positions", 10**12),
+        ("vocab_size", 10**18),
+        ("vocab_size", -1),
+        ("n_layer", 1e3),
+    ],
+)
+def test_a_size_that_makes_no_sense_builds_no_network(saved, monkeypatch, key, size):
+    edit_config(saved, **{key: size})
+    monkeypatch.setattr(GPT, "__init__", lambda *args: pytest.fail("a network was built"))
+    monkeypatch.setattr(model_module, "network_probe", lambda: pytest.fail("a network was built"))
+    with pytest.raises(UserError, match=f"config.json: {key} is "):
+        GPT.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 200_000, b'{"a":' * 100_000, b"{}" + b" " * 2**21, b"1" * 10_000, b'"' + b"a" * 2**21],
+    ids=["lists", "objects", "spaces", "digits", "string"],
+)
+def test_json_too_deep_or_too_long_is_refused(saved, name, content):
+    (saved / "model.safetensors").unlink()
+    (saved / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"saved/{name}: ") as error:
+        GPT.from_pretrained(saved)
+    assert len(str(error.value)) < 1000
+    assert ("more than" in str(error.value)) == (len(content) > LARGEST_JSON)
+
+
+def plant_fifo(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def plant_device(file: Path) -> None:
+    file.symlink_to("/dev/zero")
+
+
+def plant_folder(file: Path) -> None:
+    file.mkdir()
+
+
+def plant_dangling_link(file: Path) -> None:
+    file.symlink_to(file.parent / "nowhere")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+@pytest.mark.parametrize("plant", [plant_fifo, plant_device, plant_folder, plant_dangling_link])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX])
+def test_only_regular_files_are_opened(saved, name, plant):
+    if name == INDEX:
+        (saved / "model.safetensors").unlink()
+    else:
+        (saved / name).unlink()
+    plant(saved / name)
+    with pytest.raises(UserError, match="saved/.*(not a regular file|not there)"):
+        GPT.from_pretrained(saved)
+
+
+def read_raw(folder: Path) -> tuple[dict, bytes]:
+    """The header of the weights, and the data behind it."""
+    content = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+@pytest.mark.parametrize("dtype", ["I32", "U32", "I64", "F8_E4M3", "F8_E5M2", "BOOL", "F4"])
+def test_weights_of_another_type_are_refused_unread(saved, monkeypatch, dtype):
+    bits = {"I32": 32, "U32": 32, "I64": 64, "F4": 4}.get(dtype, 8)
+    tensors, data = read_raw(saved)
+    offset = 0
+    for name, entry in tensors.items():
+        if name != "__metadata__":
+            size = math.prod(entry["shape"]) * bits // 8
+            entry |= {"dtype": dtype, "data_offsets": [offset, offset + size]}
+            offset += size
+    content = header(**tensors) + (data * 2)[:offset]
+    (saved / "model.safetensors").write_bytes(content)
+    monkeypatch.setattr(model_module, "_read_tensors", lambda stored: pytest.fail("read"))
+    with pytest.raises(UserError, match=f"model.safetensors: .* is of type {dtype}"):
+        GPT.from_pretrained(saved)
+
+
+def test_a_sparse_file_of_other_shapes_is_refused_unread(saved, monkeypatch):
+    rows = 2**24
+    size = rows * 32 * 4
+    entry = {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, size]}
+    start = header(**{"lm_head.weight": entry})
+    with open(saved / "model.safetensors", "wb") as f:
+        f.write(start)
+        f.truncate(len(start) + size)
+    monkeypatch.setattr(model_module, "_read_tensors", lambda stored: pytest.fail("read"))
+    with pytest.raises(UserError, match="has shape"):
+        GPT.from_pretrained(saved)
+
+
+def test_a_header_of_a_million_tensors_is_refused_unparsed(saved, monkeypatch):
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    content = header(**{f"t{i}": empty for i in range(20_000)})
+    assert len(content) > LARGEST_JSON
+    (saved / "model.safetensors").write_bytes(content)
+    monkeypatch.setattr(model_module, "safe_open", lambda *args, **kwargs: pytest.fail("parsed"))
+    with pytest.raises(UserError, match="model.safetensors: a header of"):
+        GPT.from_pretrained(saved)
+
+
+def test_a_weight_under_two_names_is_refused(saved):
+    rewrite(saved, lambda t: t.update({"ln_f.bias": torch.zeros(32)}))
+    with pytest.raises(UserError, match="transformer.ln_f.bias is there twice"):
+        GPT.from_pretrained(saved)
+
+
+def test_a_name_from_a_file_cannot_write_to_the_terminal(saved):
+    rewrite(saved, lambda t: t.update({"\x1b]52;c;ZXZpbA==\x07": torch.zeros(3)}))
+    with pytest.raises(UserError) as error:
+        GPT.from_pretrained(saved)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "file, remedy",
+    [
+        ("model.fp16.safetensors", "rename it"),
+        ("tf_model.h5", "of another framework"),
+        ("model.onnx", "of another framework"),
+        ("flax_model.msgpack", "of another framework"),
+        ("pytorch_model.bin", "save_pretrained"),
+    ],
+)
+def test_the_remedy_fits_the_weights_that_are_there(saved, file, remedy):
+    (saved / "model.safetensors").rename(saved / file)
+    with pytest.raises(UserError, match=f"model.safetensors: not there.*{remedy}"):
+        GPT.from_pretrained(saved)
+
+
+def test_an_adapter_is_to_be_merged(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json: not there.*merge_and_unload"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/../b", "/no/such", "a\\b", "a/b/c", "-/x\n", "~"])
+def test_a_name_that_is_no_hub_name_reaches_no_client(name, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked"))
+    with pytest.raises(UserError, match="neither a directory nor a possible hub name"):
+        GPT.from_pretrained(name)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +613,7 @@ def test_pickled_weights_are_refused_with_the_way_out(saved):
         GPT.from_pretrained(saved / "pytorch_model.bin")
 
 
-# ---------------------------------------------------------------------------------------------------- hub
+# ---------------------------------------------------------------------------------------------- hub
 
 DROP = (
     10 * 2**20
@@ -327,7 +622,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub that a download needs; `server.root/<owner>/<name>` are its repositories."""
+    """What a download needs of the hub; `server.root/<owner>/<name>` are its repositories."""
 
     protocol_version = "HTTP/1.1"
 
@@ -392,11 +687,14 @@ from model import GPT
 from cli import UserError
 for name in sys.argv[1:]:
     try:
-        weights = b"".join(p.detach().numpy().tobytes() for p in GPT.from_pretrained(name).parameters())
+        model = GPT.from_pretrained(name)
+        weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+        print(json.dumps([name + " revision", model.revision]))
         print(json.dumps([name, hashlib.sha256(weights).hexdigest()]))
     except UserError as error:
         print(json.dumps([name, str(error)]))
-print(json.dumps(["modules", sorted({"transformers", "torch._dynamo", "huggingface_hub"} & sys.modules.keys())]))
+slow = {"transformers", "torch._dynamo", "huggingface_hub"}
+print(json.dumps(["modules", sorted(slow & sys.modules.keys())]))
 """
 
 
@@ -407,7 +705,7 @@ def weight_hash(model: GPT) -> str:
 
 
 def load_elsewhere(names: list[str], **env: str) -> dict[str, str]:
-    """Weight hash or error of each name, loaded one after the other in a fresh process with these variables."""
+    """Weight hash or error of each name, loaded in a fresh process with these variables."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, "-c", LOADER, *names],
@@ -422,7 +720,7 @@ def load_elsewhere(names: list[str], **env: str) -> dict[str, str]:
 
 @pytest.fixture
 def hub(model, tmp_path):
-    """A local hub with the same small model in many states; yields the server and the hash of its weights."""
+    """A local hub with one small model in many states: the server, and its weights' hash."""
     from transformers import AutoModelForCausalLM
 
     root = tmp_path / "hub"
@@ -483,8 +781,9 @@ def test_the_real_client_on_a_local_hub(hub, tmp_path):
     found = load_elsewhere(names, **place)
     for name in ("plain/single", "plain/sharded"):
         assert found[name] == weights, name
-    # What was fetched: nothing but the config and the weights, the second time only the question whether they are still
-    # the newest; after a dropped connection only what was still missing.
+        assert found[name + " revision"] == COMMIT
+    # Only the config and the weights were fetched. The second time the client only asked whether
+    # they are still the newest. After a dropped connection only what was missing was fetched.
     assert [
         (method, file)
         for method, repository, file, _ in server.requests
@@ -517,7 +816,7 @@ def test_the_real_client_on_a_local_hub(hub, tmp_path):
             raise UserError(found[name], expected="", remedy="")
         assert "\n" not in found[name]
 
-    # The token is the client's; what is cached loads without a hub; what is not gives one clear line.
+    # The token is the client's. What is cached loads without a hub; what is not gives one line.
     assert load_elsewhere(["gated/single"], HF_TOKEN="sesame", **place)["gated/single"] == weights
     server.requests.clear()
     offline = load_elsewhere(
@@ -546,6 +845,26 @@ def test_a_refused_connection_and_a_refused_token(hub, tmp_path):
             "plain/single"
         ]
     )
+
+
+def test_a_password_in_the_endpoint_is_not_printed(hub, tmp_path):
+    server, _ = hub
+    endpoint = f"http://user:s3cret@127.0.0.1:{server.server_port}"
+    found = load_elsewhere(["busy/hub"], HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "home"))
+    assert "s3cret" not in found["busy/hub"]
+    assert f"127.0.0.1:{server.server_port}" in found["busy/hub"]  # the rest of it is
+
+
+def test_read_config_downloads_the_config_alone(hub, tmp_path):
+    server, _ = hub
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+    env["HF_HOME"] = str(tmp_path / "home")
+    script = "from model import read_config; print(read_config('plain/single').n_embd)"
+    output = subprocess.check_output([sys.executable, "-c", script], env=env, text=True)
+    assert output == "32\n"
+    requested = {file for _, name, file, _ in server.requests if name == "plain/single"}
+    assert requested == {"config.json"}
 
 
 def test_loading_imports_no_more_than_it_needs(saved):
