@@ -1,10 +1,15 @@
-"""Text, tokens, shards and batches: encodings, the shard format, the manifest, and the order of training data.
+"""Text, tokens, shards and windows: encodings, the shard format, the manifest, the order of data.
 
-A data directory holds shards `<corpus>_{val,train}_%06d.bin` in llm.c's format (256 little-endian int32: magic,
-version, token count; then uint16 tokens) and `manifest.json`, written last. Directories of llm.c, modded-nanogpt,
-build-nanogpt and datatrove, which have no manifest, are read as they are.
+A data directory holds shards `<corpus>_{val,train}_%06d.bin` in llm.c's format: 256 little-endian
+int32 (magic, version, token count), then uint16 tokens. `manifest.json`, written last, lists them.
+Directories of llm.c, modded-nanogpt, build-nanogpt and datatrove, which have no manifest, are read
+as they are.
 
-Shapes: B sequences, T tokens per sequence; a window is T inputs and the T targets one token later: T + 1 tokens.
+The shards of a split form one long array of tokens. Training cuts it into windows: window k is
+tokens kT … kT+T, that is T inputs and the T targets one token later. `training_windows`, at the end
+of this file, decides which windows a step sees.
+
+Shapes: B sequences, T tokens per sequence.
 """
 
 import functools
@@ -12,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,19 +25,12 @@ import numpy as np
 import tiktoken
 
 from cli import UserError
-from files import file_sha256, write_file
+from files import file_sha256, open_file, plain_name, read_bytes, read_json, sync, write_file
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+# ---------------------------------------------------------------------------------------- encodings
+
 END_OF_TEXT = "<|endoftext|>"
-SUFFIXES = (".bin", ".npy", ".ds")  # of token files: llm.c and ours, build-nanogpt, datatrove
-
-
-# ---------------------------------------------------------------------------------------------------- encodings
-
-ENCODINGS = {
-    "gpt2": 50257,
-    "bytes": 257,
-}  # and the size of their vocabularies, <|endoftext|> included
+ENCODINGS = {"gpt2": 50257, "bytes": 257}  # sizes of their vocabularies, <|endoftext|> included
 
 
 @functools.cache
@@ -54,87 +53,229 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
         raise UserError(
-            f"the gpt2 vocabulary could not be fetched ({type(error).__name__})",
+            f"the gpt2 vocabulary could not be downloaded ({type(error).__name__})",
             expected="a connection or a filled cache",
-            remedy="connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's gpt2 files, or prepare bytes: --tokenizer bytes",
+            remedy="connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's "
+            "gpt2 files, or use the tokenizer bytes",
         ) from None
+
+
+def encoding_for(vocab_size: int, name: str | None, place: str) -> tiktoken.Encoding:
+    """The encoding of a model with `vocab_size` rows.
+
+    name: what its config.json says, or None. place: the model's name in an error.
+    A vocabulary may have more rows than a named encoding has tokens: a row may have been added for
+    padding. Without a name the size must be that of an encoding. Raises UserError.
+    """
+    if name is not None:
+        size = get_encoding(name).n_vocab
+        if vocab_size < size:
+            raise UserError(
+                f"{place}: {vocab_size:,} rows for the encoding {name!r}",
+                expected=f"at least {size:,}",
+                remedy="use a model that was trained with this encoding",
+            )
+        return get_encoding(name)
+    for known, size in ENCODINGS.items():
+        if vocab_size == size:
+            return get_encoding(known)
+    raise UserError(
+        f"{place}: a vocabulary of {vocab_size:,} tokens",
+        expected="50257 (gpt2) or 257 (bytes)",
+        remedy="if tokens were added to GPT-2's, remove them in transformers with "
+        "model.resize_token_embeddings(50257) and save it again",
+    )
 
 
 @functools.cache
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
-    """Length in bytes of each token's text, (n_vocab,); 0 for <|endoftext|>, which stands for no text."""
-    return np.array(
-        [
-            0 if i == encoding.eot_token else len(encoding.decode_single_token_bytes(i))
-            for i in range(encoding.n_vocab)
-        ]
-    )
+    """Length in bytes of each token's text, int64 (n_vocab,).
 
-
-def save_tokenizer(encoding: tiktoken.Encoding, folder: str | os.PathLike) -> None:
-    """Write vocab.json and merges.txt, from which transformers' AutoTokenizer builds the same `gpt2` encoding.
-
-    Writes nothing for `bytes`, which transformers has no tokenizer for.
+    It is 0 for <|endoftext|>, which stands for no text.
     """
-    if encoding.name == "gpt2":
-        for name, text in _gpt2_tokenizer_files().items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
+    for token in range(encoding.n_vocab):
+        if token != encoding.eot_token:
+            lengths[token] = len(encoding.decode_single_token_bytes(token))
+    return lengths
+
+
+# ------------------------------------------------------------------ the encoding for other programs
+
+
+def save_tokenizer(
+    encoding: tiktoken.Encoding, folder: str | os.PathLike, block_size: int | None = None
+) -> None:
+    """Write the files from which transformers' AutoTokenizer builds the same encoding.
+
+    block_size: the model's context; other programs then cut a longer text instead of failing.
+    """
+    folder = Path(folder)
+    vocab = _visible_vocabulary(encoding)
+    merges = "\n".join(["#version: 0.2", *_merges(encoding)]) + "\n"
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "add_prefix_space": False,
+    }
+    if block_size is not None:
+        config["model_max_length"] = block_size
+    write_file(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
+    write_file(folder / "merges.txt", merges.encode())
+    write_file(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def check_tokenizer(folder: str | os.PathLike, encoding: tiktoken.Encoding) -> None:
+    """Refuse a model whose tokenizer files, if it has any, say something else than `encoding`.
+
+    Read are vocab.json, merges.txt and tokenizer.json. Tokens added after those of the encoding are
+    allowed. Raises UserError, which names the file.
+    """
+    folder = Path(folder)
+    vocab = _visible_vocabulary(encoding)
+    if (folder / "vocab.json").exists():
+        file = folder / "vocab.json"
+        _check_vocabulary(file, read_json(file, {str: int}, limit=2**26), vocab)
+    if (folder / "merges.txt").exists():
+        file = folder / "merges.txt"
+        lines = read_bytes(file, limit=2**26).decode(errors="replace").split("\n")
+        lines = [line.rstrip("\r") for line in lines if not line.startswith("#version")]
+        _check_merges(file, [line for line in lines if line], encoding)
+    if (folder / "tokenizer.json").exists():
+        file = folder / "tokenizer.json"
+        shape = {
+            "added_tokens?": [{"id": int, "content": str}],
+            "model": {"vocab": {str: int}, "merges?": [(str, list)]},
+        }
+        content = read_json(file, shape, limit=2**26)
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        _check_vocabulary(file, content["model"]["vocab"] | added, vocab)
+        merges = []
+        for merge in content["model"].get("merges", []):
+            merges.append(merge if isinstance(merge, str) else " ".join(map(str, merge)))
+        _check_merges(file, merges, encoding)
+
+
+def _check_vocabulary(file: Path, found: dict[str, int], expected: dict[str, int]) -> None:
+    inside = {token: i for token, i in found.items() if i < len(expected)}
+    if inside != expected:
+        raise UserError(
+            f"{file}: a vocabulary of {len(found):,} tokens that is not this encoding's",
+            expected=f"the {len(expected):,} tokens of the encoding in their order",
+            remedy="this model has a tokenizer of another kind and cannot be used here",
+        )
+
+
+def _check_merges(file: Path, found: list[str], encoding: tiktoken.Encoding) -> None:
+    if found != _merges(encoding):
+        raise UserError(
+            f"{file}: {len(found):,} merges that are not this encoding's",
+            expected=f"the {len(_merges(encoding)):,} merges of {encoding.name}",
+            remedy="this model has a tokenizer of another kind and cannot be used here",
+        )
 
 
 @functools.cache
-def _gpt2_tokenizer_files() -> dict[str, str]:
-    """OpenAI's two files, rebuilt from tiktoken's table of tokens and ranks."""
-    encoding = get_encoding("gpt2")
-    # The files show each byte as one visible character: itself where Latin-1 prints it, else the next one from U+0100 on.
-    shown = {b: chr(b) for b in range(256) if chr(b).isprintable() and not chr(b).isspace()}
-    shown |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - shown.keys()))}
-    ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
-    vocab, merges = {}, ["#version: 0.2"]
-    for token, rank in ranks.items():
-        vocab["".join(shown[b] for b in token)] = rank
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while (
-            len(parts) > 2
-        ):  # what the earlier merges make of this token are the two parts that its own merge joins
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(" ".join("".join(shown[b] for b in part) for part in parts))
+def _visible_bytes() -> dict[int, str]:
+    """GPT-2's alphabet: a visible character for each of the 256 bytes (OpenAI's encoder.py).
+
+    A byte that Latin-1 prints stands for itself. The others get the characters from U+0100 on.
+    """
+    alphabet = {}
+    next_character = 256
+    for byte in range(256):
+        character = chr(byte)
+        if character.isprintable() and not character.isspace():
+            alphabet[byte] = character
+        else:
+            alphabet[byte] = chr(next_character)
+            next_character += 1
+    return alphabet
+
+
+def _visible(token: bytes) -> str:
+    return "".join(_visible_bytes()[byte] for byte in token)
+
+
+@functools.cache
+def _visible_vocabulary(encoding: tiktoken.Encoding) -> dict[str, int]:
+    """The id of each token, the token written in GPT-2's alphabet."""
+    vocab = {}
+    for i in range(encoding.eot_token):
+        vocab[_visible(encoding.decode_single_token_bytes(i))] = i
     vocab[END_OF_TEXT] = encoding.eot_token
-    return {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),
-        "merges.txt": "\n".join(merges) + "\n",
-    }
+    return vocab
 
 
-# ---------------------------------------------------------------------------------------------------- shards
+@functools.cache
+def _merges(encoding: tiktoken.Encoding) -> list[str]:
+    """For each token of several bytes, in order, the two tokens that are merged into it.
+
+    tiktoken keeps the tokens but not the merges. They can be found again. A token's number, its
+    rank, is also the order of its merge. When all merges of a lower rank have been applied to the
+    token's bytes, two parts are left, and joining these two is the token's own merge.
+    """
+    ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
+    merges = []
+    for token, rank in ranks.items():
+        if len(token) == 1:  # a byte; nothing was merged
+            continue
+        left, right = _two_parts(token, ranks, rank)
+        merges.append(f"{_visible(left)} {_visible(right)}")
+    return merges
+
+
+def _two_parts(token: bytes, ranks: dict[bytes, int], rank: int) -> list[bytes]:
+    """The token's bytes after every merge of a lower rank, applied lowest first as in BPE."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pair_ranks.index(min(pair_ranks))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+# ------------------------------------------------------------------------------------------- shards
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+SUFFIXES = (".bin", ".npy", ".ds")  # of token files: llm.c and ours, build-nanogpt, datatrove
 
 
 def write_shard(file: Path, tokens: np.ndarray) -> dict:
-    """Write one shard, whole and on disk before it gets its name; returns its manifest entry."""
+    """Write one shard, whole and on disk before it has its name; returns its manifest entry."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
+    header[0] = MAGIC
+    header[1] = VERSION
+    header[2] = len(tokens)
     digest = write_file(file, header.tobytes(), tokens.astype("<u2", copy=False).data)
     return {"name": file.name, "tokens": len(tokens), "sha256": digest}
 
 
-def adopt_shard(download: Path, file: Path, sha256: str | None) -> dict:
-    """Give a downloaded shard its name once it is known to be right; returns its manifest entry."""
+def add_downloaded_shard(download: Path, file: Path, sha256: str | None) -> dict:
+    """Move a downloaded shard to its place once it is known to be right; its manifest entry.
+
+    sha256: what the hub says the file's hash is; None where it says nothing.
+    """
     shard = Shard.open(download)
     digest = file_sha256(download)
-    if sha256 not in (digest, None):
+    if sha256 is not None and sha256 != digest:
         raise UserError(
             f"{file}: sha256 {digest}",
             expected=sha256,
             remedy="the download was damaged: run the same command again",
         )
     os.replace(download, file)
+    sync(file.parent)
     return {"name": file.name, "tokens": shard.count, "sha256": digest}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of uint16 tokens: `count` of them from byte `offset` on."""
+    """A file of uint16 tokens, or a part of one: `count` tokens from byte `offset` on."""
 
     path: Path
     offset: int
@@ -143,26 +284,15 @@ class Shard:
     @classmethod
     def open(cls, path: Path) -> "Shard":
         """Check the header and size of a .bin, .npy or .ds file without reading its tokens."""
-        if not path.is_file():  # a directory, FIFO or dangling link
-            raise UserError(
-                f"{path}: not a regular file",
-                expected="a token shard",
-                remedy="remove it or prepare the data again",
-            )
-        size = path.stat().st_size
+        with open_file(path) as f:
+            size = os.fstat(f.fileno()).st_size
+            start = f.read(2**14)  # more than any header
         if path.suffix == ".npy":
-            offset, count = _npy_header(path)
+            offset, count = _npy_header(path, start)
         elif path.suffix == ".ds":
             offset, count = 0, _ds_count(path, size)
         else:
-            header = np.fromfile(path, dtype="<i4", count=3)
-            if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
-                raise UserError(
-                    f"{path}: header {header.tolist()}",
-                    expected=f"a shard with magic {MAGIC} and version {VERSION}",
-                    remedy="prepare the data again with fineweb.py",
-                )
-            offset, count = HEADER_BYTES, int(header[2])
+            offset, count = _bin_header(path, start)
         if count < 0 or size != offset + 2 * count:
             raise UserError(
                 f"{path}: {size:,} bytes",
@@ -172,112 +302,166 @@ class Shard:
         return cls(path, offset, count)
 
 
-def _npy_header(path: Path) -> tuple[int, int]:
-    """Offset and length of a one-dimensional uint16 .npy; anything else, pickled objects above all, is refused."""
-    with open(path, "rb") as f:
-        try:
-            version = np.lib.format.read_magic(f)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read(f)
-        except ValueError as error:
-            raise UserError(
-                f"{path}: {error}", expected="a .npy array of uint16", remedy="fetch the file again"
-            ) from None
-        if dtype != np.dtype("<u2") or len(shape) != 1:
-            raise UserError(
-                f"{path}: dtype {dtype}, shape {shape}",
-                expected="one dimension of uint16",
-                remedy="prepare the data again with fineweb.py",
-            )
-        return f.tell(), shape[0]
+def _bin_header(path: Path, start: bytes) -> tuple[int, int]:
+    """Offset and number of the tokens of a file in llm.c's format."""
+    magic, version, count = struct.unpack("<3i", start[:12].ljust(12, b"\0"))
+    if magic != MAGIC or version != VERSION:
+        raise UserError(
+            f"{path}: header {[magic, version, count]}",
+            expected=f"a shard with magic {MAGIC} and version {VERSION}",
+            remedy="prepare the data again with fineweb.py",
+        )
+    return HEADER_BYTES, count
+
+
+def _npy_header(path: Path, start: bytes) -> tuple[int, int]:
+    """Offset and number of the tokens of a .npy file of uint16 in one dimension.
+
+    Its header is the text of a Python dictionary. It is matched and never evaluated, so that any
+    other array, pickled objects above all, is refused.
+    """
+    length_bytes = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(start[:8], 0)
+    header_end = 8 + length_bytes + int.from_bytes(start[8 : 8 + length_bytes], "little")
+    header = start[8 + length_bytes : header_end]
+    match = re.fullmatch(
+        rb"\{'descr': '<u2', 'fortran_order': (?:False|True), 'shape': \((\d{1,15}),\), \} *\n",
+        header,
+    )
+    if not length_bytes or match is None:
+        raise UserError(
+            f"{path}: header {header[:100]!r}",
+            expected="a .npy array of one dimension of uint16",
+            remedy="fetch the file again, or prepare the data with fineweb.py",
+        )
+    return header_end, int(match[1])
 
 
 def _ds_count(path: Path, size: int) -> int:
-    """Length of datatrove's headerless .ds; the .metadata that it writes beside it says the token size and the count."""
-    metadata = path.with_name(path.name + ".metadata")
-    if not metadata.is_file():
-        return size // 2
-    lines = metadata.read_text(errors="replace").splitlines()
-    if len(lines) < 2 or not lines[0].endswith("|2") or not lines[1].isdecimal():
+    """Number of the tokens of datatrove's .ds, which has no header.
+
+    The .metadata that datatrove writes beside it says how many bytes a token has, and the number.
+    """
+    if path.is_symlink():  # without a header any file on this machine would look like tokens
         raise UserError(
-            f"{metadata}: {lines[:2]}",
+            f"{path}: a symbolic link",
+            expected="the file itself",
+            remedy="copy it here, or name the folder that it is in",
+        )
+    metadata = path.with_name(path.name + ".metadata")
+    if not metadata.exists():
+        return size // 2
+    lines = read_bytes(metadata, limit=2**16).decode(errors="replace").splitlines()
+    if len(lines) < 2 or not lines[0].endswith("|2") or not re.fullmatch("[0-9]{1,15}", lines[1]):
+        raise UserError(
+            f"{metadata}: {[line[:80] for line in lines[:2]]}",
             expected="<tokenizer>|2, for tokens of 2 bytes, and their number",
             remedy="tokenise with gpt2, or remove the file if it is not of datatrove",
         )
     return int(lines[1])
 
 
-# A map costs a file descriptor while it is open, so a corpus of thousands of shards keeps only some of them.
-@functools.lru_cache(maxsize=256)
+def _most_maps() -> int:
+    """How many shards are kept open: a map holds a file descriptor, and a process may have few."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 256
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return 256
+    return max(1, min(256, limit // 4))
+
+
+@functools.lru_cache(maxsize=_most_maps())
 def _map(shard: Shard) -> np.ndarray:
     return np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset, shape=(shard.count,))
 
 
 class TokenArray:
-    """Shards joined into one virtual array of tokens, memory-mapped: opening and holding it costs next to nothing."""
+    """Shards joined into one long array of tokens.
+
+    The files are mapped into memory when they are read, so opening a large corpus costs little.
+    """
 
     def __init__(self, shards: list[Shard], vocab_size: int):
-        self.shards, self.vocab_size = shards, vocab_size
-        self.ends = np.cumsum([shard.count for shard in shards], dtype=np.int64)
+        self.shards = [shard for shard in shards if shard.count > 0]
+        self.vocab_size = vocab_size
+        # Shard i holds tokens ends[i-1] … ends[i]-1 of the array.
+        self.ends = np.cumsum([shard.count for shard in self.shards], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start … stop-1, uint16, across shard boundaries; a token outside the vocabulary is an error."""
-        parts = []
-        i = int(np.searchsorted(self.ends, start, side="right"))
-        while start < stop:
-            shard, end = self.shards[i], int(self.ends[i])
-            first = start - (end - shard.count)
-            part = _map(shard)[first : first + min(stop, end) - start]
-            if len(part) and part.max() >= self.vocab_size:
+        """Tokens start … stop-1, uint16 (stop - start,), across the ends of shards.
+
+        Raises UserError for a token outside the vocabulary.
+        """
+        result = np.empty(stop - start, dtype=np.uint16)
+        filled = 0
+        i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds `start`
+        while filled < len(result):
+            shard = self.shards[i]
+            shard_start = int(self.ends[i]) - shard.count
+            first = start + filled - shard_start
+            part = _map(shard)[first : first + len(result) - filled]
+            if part.max() >= self.vocab_size:
                 raise UserError(
                     f"{shard.path}: token {part.max()} near position {first:,}",
                     expected=f"tokens below {self.vocab_size}",
                     remedy="the file is damaged or of another encoding: prepare it again",
                 )
-            parts.append(part)
-            start, i = min(stop, end), i + 1
-        return np.concatenate([np.empty(0, dtype=np.uint16), *parts])
+            result[filled : filled + len(part)] = part
+            filled += len(part)
+            i += 1
+        return result
 
     def num_windows(self, T: int) -> int:
-        """Windows kT … kT+T that fit."""
+        """How many windows of T + 1 tokens fit: window k is tokens kT … kT+T."""
         return max(0, (len(self) - 1) // T)
 
     def windows(self, indices: np.ndarray, T: int) -> np.ndarray:
-        """The given windows, int64 (len(indices), T + 1)."""
-        rows = [self.read(k * T, k * T + T + 1) for k in map(int, indices)]
+        """The windows with these indices, int64 (len(indices), T + 1)."""
+        rows = []
+        for k in indices.tolist():
+            rows.append(self.read(k * T, k * T + T + 1))
         return np.stack(rows).astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------- directories
+# -------------------------------------------------------------------------------- data directories
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """A prepared corpus: its encoding, and its two splits."""
+    """A prepared corpus: its encoding, and its two splits.
+
+    fingerprint: a hash of the manifest and of samples of every shard; a run records it to recognise
+    the data it was trained on, wherever they lie.
+    """
 
     encoding: str
     train: TokenArray
     val: TokenArray
-    fingerprint: (
-        str  # of the manifest, or of names and sizes where there is none: what a run was trained on
-    )
+    fingerprint: str
+
+
+# The most tokens that validate where nobody has said which ones should: build-nanogpt's and our
+# evaluation reads 10,485,760, and the last of them needs a target.
+MOST_VALIDATION_TOKENS = 10_485_760 + 1
 
 
 def open_data(folder: str | os.PathLike) -> TokenData:
-    """Open a data directory, ours or a foreign one; every header and size is checked against the manifest."""
+    """Open a data directory, ours or a foreign one. Reads only; needs no right to write.
+
+    Checked are the manifest, every shard's header and size, and that a foreign directory is whole
+    as far as its names tell. The tokens are checked when they are read, or by `verify`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such data directory",
             expected="a directory of token shards",
-            remedy="check --data, or prepare one with fineweb.py",
+            remedy="check the path, or prepare one with fineweb.py",
         )
     if (folder / "manifest.partial.json").exists():
         raise UserError(
@@ -288,62 +472,180 @@ def open_data(folder: str | os.PathLike) -> TokenData:
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
-        encoding, listed = (
-            manifest["encoding"],
-            {entry["name"]: entry["tokens"] for entry in manifest["shards"]},
-        )
-        for name in sorted(listed.keys() ^ {file.name for file in files}):
-            found = (
-                "listed in manifest.json but missing"
-                if name in listed
-                else "not listed in manifest.json"
-            )
-            raise UserError(
-                f"{folder / name}: {found}",
-                expected="exactly the shards of the manifest",
-                remedy="restore it, or prepare the data again",
-            )
-        shards = [Shard.open(folder / name) for name in listed]
-        for shard in shards:
-            if shard.count != listed[shard.path.name]:
-                raise UserError(
-                    f"{shard.path}: {shard.count:,} tokens",
-                    expected=f"{listed[shard.path.name]:,} tokens as manifest.json says",
-                    remedy="shards were swapped or damaged: prepare the data again",
-                )
-        fingerprint = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+        encoding = manifest["encoding"]
+        shards = _open_listed(folder, manifest, files)
     else:
-        encoding, shards = (
-            "gpt2",
-            [Shard.open(file) for file in files],
-        )  # what all those projects use
-        fingerprint = hashlib.sha256(
-            json.dumps([(s.path.name, s.count) for s in shards]).encode()
-        ).hexdigest()
-    val = [shard for shard in shards if re.search(r"(^|_)val(_\d+)?\.\w+$", shard.path.name)]
-    train = [shard for shard in shards if shard not in val]
-    if not val and len(shards) == 1:  # as of every small corpus, the last tenth validates
-        cut = shards[0].count - shards[0].count // 10
-        train, val = (
-            [replace(shards[0], count=cut)],
-            [replace(shards[0], offset=shards[0].offset + 2 * cut, count=shards[0].count - cut)],
-        )
-    elif not val:  # datatrove does not name splits: as everywhere, the first shard validates
-        train, val = shards[1:], shards[:1]
+        encoding = "gpt2"  # what the other projects use
+        _check_datatrove(folder, [file.name for file in files if file.suffix == ".ds"])
+        shards = [Shard.open(file) for file in files]
+    train, val = _split(shards)
     if not train:
         raise UserError(
             f"{folder}: {len(files)} token shards",
             expected="at least one for training and one for validation",
-            remedy=f"prepare them with fineweb.py, or name texts: --data '{folder}/*.txt'",
+            remedy="prepare them with fineweb.py, or name text files instead of the folder",
         )
     vocab_size = ENCODINGS[encoding]
     return TokenData(
-        encoding, TokenArray(train, vocab_size), TokenArray(val, vocab_size), fingerprint
+        encoding,
+        TokenArray(train, vocab_size),
+        TokenArray(val, vocab_size),
+        _fingerprint(folder, shards),
     )
 
 
+def _open_listed(folder: Path, manifest: dict, files: list[Path]) -> list[Shard]:
+    """The shards of a manifest in its order; they must be exactly the folder's token files."""
+    counts = {entry["name"]: entry["tokens"] for entry in manifest["shards"]}
+    present = {file.name for file in files}
+    for name in sorted(counts.keys() ^ present):
+        if name in counts:
+            found = "listed in manifest.json but missing"
+        else:
+            found = "not listed in manifest.json"
+        raise UserError(
+            f"{folder / name}: {found}",
+            expected="exactly the shards of the manifest",
+            remedy="restore it, or prepare the data again",
+        )
+    shards = [Shard.open(folder / name) for name in counts]
+    for shard in shards:
+        count = counts[shard.path.name]
+        if shard.count != count:
+            raise UserError(
+                f"{shard.path}: {shard.count:,} tokens",
+                expected=f"{count:,} tokens as manifest.json says",
+                remedy="shards were swapped or damaged: prepare the data again",
+            )
+    return shards
+
+
+def _split(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
+    """The shards for training and those for validation.
+
+    Names say which is which, as in `corpus_val_000000.bin`. Where none does, as in datatrove's
+    files, the last tenth of all tokens validates, whatever the number of files.
+    """
+    train = []
+    val = []
+    for shard in shards:
+        if re.search(r"(^|_)val(_\d+)?\.\w+$", shard.path.name):
+            val.append(shard)
+        else:
+            train.append(shard)
+    if val:
+        return train, val
+    total = sum(shard.count for shard in shards)
+    return _cut(shards, total - min(total // 10, MOST_VALIDATION_TOKENS))
+
+
+def _cut(shards: list[Shard], position: int) -> tuple[list[Shard], list[Shard]]:
+    """Divide shards into those before token `position` of their array, and those from it on."""
+    before_cut = []
+    after_cut = []
+    for shard in shards:
+        count = max(0, min(shard.count, position))  # how many of this shard's tokens come before
+        if count > 0:
+            before_cut.append(replace(shard, count=count))
+        if count < shard.count:
+            rest = replace(shard, offset=shard.offset + 2 * count, count=shard.count - count)
+            after_cut.append(rest)
+        position -= count
+    return before_cut, after_cut
+
+
+def _check_datatrove(folder: Path, names: list[str]) -> None:
+    """Refuse a directory that datatrove has not finished, as far as its names tell.
+
+    A task first writes `00003_unshuffled.ds`, then its index, then its metadata. If documents are
+    shuffled, it next writes the same tokens as `00003_00000_doc_shuffled.ds` and removes the first
+    file, unless that one is empty. So these signs are looked for:
+
+    1. a file has no index or no metadata while other files have them;
+    2. a file that is not empty is called unshuffled while others are called shuffled;
+    3. a task's number is missing between others.
+
+    A task missing after the last number leaves no sign here; datatrove's own log folder counts the
+    tasks that are complete.
+    """
+    remedy = "run the datatrove pipeline again: it does what is missing"
+    present = {path.name for path in folder.iterdir()}
+    for suffix in (".index", ".metadata"):
+        without = [name for name in names if name + suffix not in present]
+        if without and len(without) < len(names):
+            raise UserError(
+                f"{folder / without[0]}: has no {suffix}, other files have one",
+                expected="the whole output of datatrove",
+                remedy=remedy,
+            )
+    if any(name.endswith(("doc_shuffled.ds", "chunk_shuffled.ds")) for name in names):
+        for name in names:
+            if name.endswith("unshuffled.ds") and (folder / name).stat().st_size > 0:
+                raise UserError(
+                    f"{folder / name}: a task of datatrove stopped before it had shuffled",
+                    expected="shuffled files only",
+                    remedy=remedy,
+                )
+    tasks = set()
+    for name in names:
+        match = re.search(r"(?:^|_)(\d{5})_(?:\d{5}_)?(?:un|doc_|chunk_)shuffled\.ds$", name)
+        if match:
+            tasks.add(int(match[1]))
+    for task in range(max(tasks, default=0)):
+        if task not in tasks:
+            raise UserError(
+                f"{folder}: no file of datatrove's task {task:05d}",
+                expected=f"one of each task up to {max(tasks):05d}",
+                remedy=remedy,
+            )
+
+
+# What the fingerprint reads: 64 MB of a corpus, spread evenly; two blocks of each shard at least.
+SAMPLE_BYTES = 2**14
+SAMPLES = 2**12
+
+
+def _fingerprint(folder: Path, shards: list[Shard]) -> str:
+    """A hash of the manifest or the names, and of blocks spread evenly over every shard.
+
+    A corpus of less than 64 MB is hashed whole. Of a larger one a change in a block that is not
+    sampled goes unseen; `verify` reads everything.
+    """
+    digest = hashlib.sha256()
+    if (folder / "manifest.json").exists():
+        digest.update((folder / "manifest.json").read_bytes())
+    else:
+        names_and_counts = [(shard.path.name, shard.count) for shard in shards]
+        digest.update(json.dumps(names_and_counts).encode())
+    blocks_per_shard = max(2, SAMPLES // max(1, len(shards)))
+    for shard in shards:
+        size = shard.offset + 2 * shard.count
+        with open_file(shard.path) as f:
+            if size <= blocks_per_shard * SAMPLE_BYTES:
+                digest.update(f.read())
+                continue
+            for i in range(blocks_per_shard):
+                f.seek((size - SAMPLE_BYTES) * i // (blocks_per_shard - 1))
+                digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------- manifest
+
+MANIFEST_BYTES = 2**24  # the most that is read: some hundred thousand shards
+MANIFEST_SHAPE = {
+    "encoding": str,
+    "vocab_size?": int,
+    "shards": [{"name": str, "tokens": int, "sha256": str}],
+}
+
+
 def write_manifest(folder: Path, manifest: dict, partial: bool = False) -> None:
-    """Put the manifest in place: the partial one after each shard, the final one, which ends it, after the last."""
+    """Put the manifest in place.
+
+    The partial one is written after each shard. The final one, written after the last shard,
+    replaces it and thereby ends the preparation.
+    """
     file = folder / ("manifest.partial.json" if partial else "manifest.json")
     write_file(file, json.dumps(manifest, indent=1).encode())
     if not partial:
@@ -351,36 +653,53 @@ def write_manifest(folder: Path, manifest: dict, partial: bool = False) -> None:
 
 
 def read_manifest(folder: Path, partial: bool = False) -> dict:
-    """The manifest of a data directory: encoding, vocab_size, source, revision, and name, tokens, sha256 per shard."""
+    """The manifest of a data directory.
+
+    Its keys: encoding, vocab_size, source, revision, and name, tokens and sha256 of each shard.
+    Raises UserError unless it has them and every name is a plain one.
+    """
     file = folder / ("manifest.partial.json" if partial else "manifest.json")
-    try:
-        manifest = json.loads(file.read_text())
-        [(entry["name"], entry["tokens"], entry["sha256"]) for entry in manifest["shards"]]
-        if manifest["encoding"] not in ENCODINGS:
-            raise ValueError(f"encoding {manifest['encoding']!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}: {type(error).__name__}: {error}",
-            expected="a manifest written by fineweb.py",
-            remedy="prepare the data again",
-        ) from None
+    manifest = read_json(file, MANIFEST_SHAPE, MANIFEST_BYTES)
+    encoding = manifest["encoding"]
+    if encoding not in ENCODINGS:
+        _refuse_manifest(file, f"encoding {encoding[:80]!r}", f"one of {', '.join(ENCODINGS)}")
+    vocab_size = ENCODINGS[encoding]
+    if manifest.get("vocab_size", vocab_size) != vocab_size:
+        _refuse_manifest(file, f"vocab_size {manifest['vocab_size']}", f"{vocab_size}")
+    names = set()
+    for entry in manifest["shards"]:
+        name = entry["name"]
+        if not plain_name(name) or Path(name).suffix not in SUFFIXES:
+            _refuse_manifest(file, f"shard {name[:80]!r}", "the name of a shard in this folder")
+        if name in names:
+            _refuse_manifest(file, f"shard {name[:80]!r} listed twice", "each shard once")
+        names.add(name)
     return manifest
+
+
+def _refuse_manifest(file: Path, found: str, expected: str) -> None:
+    raise UserError(f"{file}: {found}", expected=expected, remedy="prepare the data again")
 
 
 def verify_shards(folder: Path, manifest: dict) -> None:
     """Check size and sha256 of every shard in the manifest."""
     for entry in manifest["shards"]:
         shard = Shard.open(folder / entry["name"])
-        if (shard.count, file_sha256(shard.path)) != (entry["tokens"], entry["sha256"]):
+        if shard.count != entry["tokens"] or file_sha256(shard.path) != entry["sha256"]:
             raise UserError(
                 f"{shard.path}: {shard.count:,} tokens, contents changed",
                 expected=f"{entry['tokens']:,} tokens of sha256 {entry['sha256']}",
-                remedy="the file is damaged or was replaced: restore it, or prepare into a new directory",
+                remedy="the file is damaged or was replaced: restore it, or prepare into a new "
+                "directory",
             )
 
 
 def verify(folder: Path) -> int:
-    """Read everything: sizes, sha256 where there is a manifest, and the range of every token. Returns the number of tokens."""
+    """Read everything and return the number of tokens.
+
+    Checked are all sizes, the range of every token and, where there is a manifest, every sha256.
+    A foreign directory has no hashes: there a changed token is found only outside the vocabulary.
+    """
     data = open_data(folder)
     if (folder / "manifest.json").exists():
         verify_shards(folder, read_manifest(folder))
@@ -390,47 +709,79 @@ def verify(folder: Path) -> int:
     return len(data.val) + len(data.train)
 
 
-# ---------------------------------------------------------------------------------------------------- training order
+# ----------------------------------------------------------------------------------- training order
+#
+# All training is one endless stream of samples, numbered 0, 1, 2, …; each sample is one window.
+# Step s of S sequences takes samples sS … sS+S-1. The ranks divide these into equal, consecutive
+# parts. With 32 sequences a step, step 10 takes samples 320 … 351, and of these rank 1 of 4 takes
+# 328 … 335. `training_windows` says which windows these samples are.
 
 
 def training_windows(first: int, count: int, num_windows: int, seed: int) -> np.ndarray:
-    """Window indices of training samples first … first+count-1, int64 (count,).
+    """Window indices of samples first … first+count-1, int64 (count,).
 
-    Sample g is in epoch g // N, at place g mod N of that epoch's own permutation of the N windows. So each window is
-    seen exactly once per epoch, and what a step sees depends on the seed and the step, on nothing else.
+    With N windows, sample g belongs to epoch g // N and has place g mod N in it. Each epoch has a
+    permutation of its own of the N windows, and the sample is the window that the permutation puts
+    at that place. So an epoch shows each window exactly once. What a step sees depends on the seed
+    and the step, and on nothing else: a resumed run needs no other state of the data.
     """
-    g = np.arange(first, first + count)
-    epochs, places = np.divmod(g, num_windows)
+    samples = np.arange(first, first + count)
+    epochs = samples // num_windows
+    places = samples % num_windows
     indices = np.empty(count, dtype=np.int64)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = _permute(places[here].astype(np.uint64), num_windows, seed, int(epoch))
+        in_epoch = epochs == epoch
+        indices[in_epoch] = _permute(places[in_epoch], num_windows, seed, int(epoch))
     return indices
 
 
-def _permute(x: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """A pseudorandom permutation of 0 … n-1 evaluated at x (uint64), without storing it.
+def _permute(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """A pseudorandom permutation of 0 … n-1, evaluated at `places`, without storing it.
 
-    A Feistel network permutes the numbers of 2h bits whatever its round function is (Luby and Rackoff 1988); walking
-    on until the result is below n restricts it to 0 … n-1 (Black and Rogaway 2002, cycle walking). The domain is less
-    than four times n, so the walk is short.
+    A Feistel network permutes the numbers of 2h bits, whatever its round function is (Luby and
+    Rackoff 1988). Its domain 0 … 4^h-1 is a little larger than 0 … n-1. A result of n or more is
+    therefore put in again until one below n comes out; the whole is then a permutation of 0 … n-1
+    (cycle walking, Black and Rogaway 2002). The domain is less than four times n, so this is short.
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    key = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    rounds = np.frombuffer(key + hashlib.sha256(key).digest(), dtype="<u8")  # eight round keys
-    out, todo = x.copy(), np.ones(len(x), dtype=bool)
-    while todo.any():
-        left, right = out[todo] >> half, out[todo] & low
-        for k in rounds:
-            left, right = right, left ^ (_mix(right ^ k) & low)
-        out[todo] = (left << half) | right
-        todo = out >= n
-    return out.astype(np.int64)
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    round_keys = _round_keys(seed, epoch)
+    result = places.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        result[outside] = _feistel(result[outside], half_bits, round_keys)
+        outside = result >= n
+    return result.astype(np.int64)
+
+
+def _round_keys(seed: int, epoch: int) -> np.ndarray:
+    """Keys from the seed and the epoch, uint64 (8,): two hashes give four each."""
+    first_half = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    second_half = hashlib.sha256(first_half).digest()
+    return np.frombuffer(first_half + second_half, dtype="<u8")
+
+
+def _feistel(x: np.ndarray, half_bits: int, round_keys: np.ndarray) -> np.ndarray:
+    """One pass of the network over numbers of 2 * half_bits bits.
+
+    A round keeps the right half and changes the left half by a function of the right one, so it can
+    be undone, and no two numbers become one.
+    """
+    shift = np.uint64(half_bits)
+    low_bits = np.uint64((1 << half_bits) - 1)
+    left = x >> shift
+    right = x & low_bits
+    for key in round_keys:
+        changed = left ^ (_mix(right ^ key) & low_bits)
+        left = right
+        right = changed
+    return (left << shift) | right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every output bit depends on every input bit."""
+    """Scramble 64 bits: every output bit depends on every input bit.
+
+    This is the finaliser of splitmix64 (Steele, Lea and Flood 2014).
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""tokens.py: encodings, shards of ours and of others, their faults, and the order of training data."""
+"""tokens.py: encodings, shards of ours and of others, their faults, and the order of the data."""
 
 import hashlib
 import json
@@ -10,17 +10,21 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tools import ROOT
 
 import tokens
 from cli import UserError
 from tokens import (
     Shard,
     TokenArray,
+    add_downloaded_shard,
+    check_tokenizer,
+    encoding_for,
     get_encoding,
     open_data,
+    save_tokenizer,
     token_bytes,
     training_windows,
     verify,
@@ -28,7 +32,7 @@ from tokens import (
     write_shard,
 )
 
-# ---------------------------------------------------------------------------------------------------- encodings
+# ---------------------------------------------------------------------------------------- encodings
 
 
 @given(st.text())
@@ -42,26 +46,142 @@ def test_bytes_encoding_is_the_bytes(text):
 
 
 @given(st.text())
-def test_token_bytes_add_up_to_the_text(gpt2_vocabulary, text):
+def test_token_bytes_add_up_to_the_text(text):
     encoding = get_encoding("gpt2")
     assert token_bytes(encoding)[encoding.encode_ordinary(text)].sum() == len(text.encode())
     assert token_bytes(encoding)[encoding.eot_token] == 0
 
 
-# ---------------------------------------------------------------------------------------------------- our shards
+# ------------------------------------------------------------------- the encoding of other programs
+
+
+def test_the_encoding_of_a_model():
+    assert encoding_for(257, None, "m").name == "bytes"
+    assert encoding_for(50257, None, "m").name == "gpt2"
+    for rows in (257, 258, 320):
+        assert encoding_for(rows, "bytes", "m").name == "bytes"
+    assert encoding_for(50304, "gpt2", "m").name == "gpt2"
+
+
+@pytest.mark.parametrize(
+    "vocab_size, name, named",
+    [
+        (50258, None, r"resize_token_embeddings\(50257\)"),
+        (0, None, "0 tokens"),
+        (256, "bytes", "at least 257"),
+        (257, "gpt2", "at least 50,257"),
+        (257, "klingon", "klingon"),
+    ],
+)
+def test_a_model_of_another_encoding_is_refused(vocab_size, name, named):
+    with pytest.raises(UserError, match=named):
+        encoding_for(vocab_size, name, "the/model")
+
+
+def auto_tokenizer(folder, encoding, block_size=None):
+    """What transformers makes of a model directory with the tokenizer files."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=encoding.n_vocab, n_layer=1, n_head=1, n_embd=8)
+    config.save_pretrained(folder)
+    save_tokenizer(encoding, folder, block_size)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+TEXTS = [
+    "Hello, world!  Two spaces, a\ttab\r\n and lines.\n\n",
+    " naïve café — 日本語 🎉 e\u0301 \u202e \0 \x7f",
+    "",
+    "it's we'll 12345 ...",
+]
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_auto_tokenizer_is_the_same_encoding(tmp_path, name):
+    encoding = get_encoding(name)
+    tokenizer = auto_tokenizer(tmp_path, encoding)
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == encoding.encode_ordinary(text)
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == encoding.eot_token
+    assert tokenizer("a<|endoftext|>")["input_ids"][1:] == [encoding.eot_token]
+    assert len(tokenizer) == encoding.n_vocab
+
+
+def test_the_byte_tokenizer_has_every_byte(tmp_path):
+    save_tokenizer(get_encoding("bytes"), tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    assert sorted(vocab.values()) == list(range(257)) and vocab["<|endoftext|>"] == 256
+    assert (tmp_path / "merges.txt").read_text() == "#version: 0.2\n"
+
+
+def test_the_tokenizer_knows_the_context(tmp_path):
+    assert auto_tokenizer(tmp_path, get_encoding("bytes"), 128).model_max_length == 128
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_its_own_tokenizer_files_pass(tmp_path, name):
+    encoding = get_encoding(name)
+    check_tokenizer(tmp_path, encoding)  # a model without tokenizer files
+    tokenizer = auto_tokenizer(tmp_path, encoding)
+    check_tokenizer(tmp_path, encoding)
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    check_tokenizer(tmp_path, encoding)
+
+
+def change_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def exchange(vocab):
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+TOKENIZER_CHANGES = {
+    "vocab.json": lambda file: change_json(file, exchange),
+    "merges.txt": lambda file: file.write_text(file.read_text() + "a b\n"),
+    "tokenizer.json": lambda file: change_json(file, lambda c: exchange(c["model"]["vocab"])),
+}
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("file", TOKENIZER_CHANGES)
+def test_a_model_with_another_tokenizer_is_refused(tmp_path, name, file):
+    tokenizer = auto_tokenizer(tmp_path, get_encoding(name))
+    tokenizer.save_pretrained(tmp_path)
+    save_tokenizer(get_encoding(name), tmp_path)
+    TOKENIZER_CHANGES[file](tmp_path / file)
+    with pytest.raises(UserError, match=f"{tmp_path / file}: .*not this encoding's"):
+        check_tokenizer(tmp_path, get_encoding(name))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": "b"}', '{"a": 1.5}', "5"])
+def test_a_damaged_vocabulary_is_refused(tmp_path, content):
+    for name in ("vocab.json", "tokenizer.json"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=name):
+            check_tokenizer(tmp_path, get_encoding("bytes"))
+        (tmp_path / name).unlink()
+
+
+# --------------------------------------------------------------------------------------- our shards
 
 
 def make_data(
-    folder, shards=((40, "val"), (100, "train"), (60, "train")), corpus="c", vocab_size=257
+    folder, shards=((40, "val"), (100, "train"), (60, "train")), corpus="c", end_token=2**16
 ):
-    """A finished data directory; token i of the whole stream is i."""
+    """A finished data directory; token i of the whole stream is i modulo end_token."""
     folder.mkdir(exist_ok=True)
     start, entries = 0, []
     for i, (count, split) in enumerate(shards):
         entries.append(
             write_shard(
                 folder / f"{corpus}_{split}_{i:06d}.bin",
-                np.arange(start, start + count, dtype=np.uint16),
+                (np.arange(start, start + count) % end_token).astype(np.uint16),
             )
         )
         start += count
@@ -69,7 +189,7 @@ def make_data(
         folder,
         {
             "encoding": "bytes",
-            "vocab_size": vocab_size,
+            "vocab_size": 257,
             "source": {},
             "revision": None,
             "shards": entries,
@@ -123,7 +243,7 @@ def test_verify_reads_everything(tmp_path):
     assert verify(make_data(tmp_path)) == 200
 
 
-# ---------------------------------------------------------------------------------------------------- faults 14 to 22
+# ---------------------------------------------------------------------------------- faults 14 to 22
 
 
 def patch(file, position, new):
@@ -221,7 +341,7 @@ def test_fault_22_the_directory_itself(tmp_path):
             open_data(tmp_path / name)
 
 
-def test_faults_end_the_trainer_with_exit_code_2_and_one_line(tmp_path):
+def test_verify_ends_with_exit_code_2_and_one_line(tmp_path):
     make_data(tmp_path)
     os.truncate(tmp_path / SHARD, 1100)
     done = subprocess.run(
@@ -234,7 +354,7 @@ def test_faults_end_the_trainer_with_exit_code_2_and_one_line(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- other people's files
+# ----------------------------------------------------------------------------- other people's files
 
 
 def test_llm_c_and_modded_nanogpt_shards_train_as_they_are(tmp_path):
@@ -321,8 +441,8 @@ def test_odd_ds_is_refused(tmp_path):
         open_data(tmp_path)
 
 
-def test_trains_on_what_datatrove_wrote(tmp_path, gpt2_vocabulary):
-    """datatrove's DocumentTokenizer, run locally on two tasks; then two training steps on its files."""
+def run_datatrove(folder, num_files, tasks, shuffle):
+    """datatrove's DocumentTokenizer on small documents; its output folder, and the documents."""
     pytest.importorskip("datatrove")
     pytest.importorskip("tokenizers")
     from datatrove.executor import LocalPipelineExecutor
@@ -330,66 +450,312 @@ def test_trains_on_what_datatrove_wrote(tmp_path, gpt2_vocabulary):
     from datatrove.pipeline.tokens import DocumentTokenizer
     from tokenizers import ByteLevelBPETokenizer
 
-    tokens.save_tokenizer(get_encoding("gpt2"), tmp_path)
-    tokenizer = ByteLevelBPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    save_tokenizer(get_encoding("gpt2"), folder)
+    tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    documents = [
-        f"Document number {i}: the quick brown fox, naïve café, \n\n{i * i}." for i in range(40)
-    ]
-    (tmp_path / "in").mkdir()
-    for task in range(2):
-        (tmp_path / "in" / f"{task}.jsonl").write_text(
-            "".join(
-                json.dumps({"text": text, "id": str(i)}) + "\n"
-                for i, text in enumerate(documents[task * 20 : task * 20 + 20])
-            )
-        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    documents = []
+    (folder / "in").mkdir()
+    for i in range(num_files):
+        lines = []
+        for j in range(20):
+            documents.append(f"Document {j} of file {i}: the quick brown fox, naïve café, {j * j}.")
+            lines.append(json.dumps({"text": documents[-1], "id": str(j)}) + "\n")
+        (folder / "in" / f"{i}.jsonl").write_text("".join(lines))
     pipeline = [
-        JsonlReader(str(tmp_path / "in"), compression=None),
+        JsonlReader(str(folder / "in"), compression=None),
         DocumentTokenizer(
-            str(tmp_path / "out"),
-            tokenizer_name_or_path=str(tmp_path / "tokenizer.json"),
+            str(folder / "out"),
+            tokenizer_name_or_path=str(folder / "tokenizer.json"),
             eos_token="<|endoftext|>",
-            shuffle_documents=False,
+            shuffle_documents=shuffle,
+            seed=1,
         ),
     ]
     LocalPipelineExecutor(
-        pipeline, tasks=2, workers=1, logging_dir=str(tmp_path / "log"), skip_completed=False
+        pipeline,
+        tasks=tasks,
+        workers=1,
+        logging_dir=str(folder / "log"),
+        skip_completed=False,
     ).run()
+    return folder / "out", documents
 
-    data, encoding = open_data(tmp_path / "out"), get_encoding("gpt2")
-    expected = [
-        token
-        for text in documents
-        for token in encoding.encode_ordinary(text) + [encoding.eot_token]
-    ]  # datatrove ends documents with it
-    assert (
-        np.concatenate(
-            [data.val.read(0, len(data.val)), data.train.read(0, len(data.train))]
-        ).tolist()
-        == expected
+
+def whole(data):
+    """All tokens of a corpus that names no split: those for training, then those for validation."""
+    train = data.train.read(0, len(data.train)).tolist()
+    return train + data.val.read(0, len(data.val)).tolist()
+
+
+def test_datatrove_output_is_read_as_its_documents(tmp_path):
+    folder, documents = run_datatrove(tmp_path, num_files=2, tasks=2, shuffle=False)
+    encoding = get_encoding("gpt2")
+    expected = []
+    for text in documents:  # datatrove ends documents with <|endoftext|>
+        expected += encoding.encode_ordinary(text) + [encoding.eot_token]
+    data = open_data(folder)
+    assert whole(data) == expected
+    assert len(data.val) == len(expected) // 10
+
+
+def test_one_input_file_and_many_tasks_of_datatrove_are_divided(tmp_path):
+    """All tokens are in one file then, and each other task leaves an empty unshuffled one."""
+    folder, documents = run_datatrove(tmp_path, num_files=1, tasks=4, shuffle=True)
+    assert sum(file.stat().st_size == 0 for file in folder.glob("*_unshuffled.ds")) == 3
+    data = open_data(folder)
+    total = sum(len(get_encoding("gpt2").encode_ordinary(text)) + 1 for text in documents)
+    assert (len(data.train) + len(data.val), len(data.val)) == (total, total // 10)
+
+
+def datatrove_folder(folder, names, sidecars=(".index", ".metadata")):
+    """Files as datatrove names them, 40 tokens each."""
+    folder.mkdir()
+    for name in names:
+        np.arange(40, dtype="<u2").tofile(folder / name)
+        if ".index" in sidecars:
+            (folder / f"{name}.index").write_bytes(struct.pack("<Q", 40))
+        if ".metadata" in sidecars:
+            (folder / f"{name}.metadata").write_text("gpt2|2\n40\n40 T")
+    return folder
+
+
+SHUFFLED = [f"{task:05d}_00000_doc_shuffled.ds" for task in range(4)]
+
+
+@pytest.mark.parametrize("sidecars", [(".index", ".metadata"), (".metadata",), ()])
+def test_the_last_tenth_validates_whatever_the_number_of_files(tmp_path, sidecars):
+    for num_files in (1, 2, 4):
+        folder = tmp_path / f"{num_files}"
+        data = open_data(datatrove_folder(folder, SHUFFLED[:num_files], sidecars))
+        assert whole(data) == list(range(40)) * num_files
+        assert len(data.val) == 4 * num_files
+
+
+def test_the_last_tenth_may_span_files_and_has_a_greatest_length(tmp_path, monkeypatch):
+    for i in range(20):
+        np.full(2, i, dtype="<u2").tofile(tmp_path / f"{i:02d}.ds")
+    data = open_data(tmp_path)
+    assert data.val.read(0, len(data.val)).tolist() == [18, 18, 19, 19]
+    monkeypatch.setattr(tokens, "MOST_VALIDATION_TOKENS", 3)
+    data = open_data(tmp_path)
+    assert data.val.read(0, len(data.val)).tolist() == [18, 19, 19]
+    assert len(data.train) == 37
+
+
+UNFINISHED = {
+    "left unshuffled": ([*SHUFFLED[:3], "00003_unshuffled.ds"], None, "00003_unshuffled.ds"),
+    "task missing": ([SHUFFLED[0], *SHUFFLED[2:]], None, "task 00001"),
+    "first task missing": (SHUFFLED[1:], None, "task 00000"),
+    "no index": (SHUFFLED, f"{SHUFFLED[2]}.index", SHUFFLED[2]),
+    "no metadata": (SHUFFLED, f"{SHUFFLED[3]}.metadata", SHUFFLED[3]),
+    "own name, no metadata": (
+        ["fw_00000_unshuffled.ds", "fw_00001_unshuffled.ds"],
+        "fw_00001_unshuffled.ds.metadata",
+        "fw_00001_unshuffled.ds",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_unfinished_datatrove_output_is_refused_by_name(tmp_path, name):
+    names, removed, named = UNFINISHED[name]
+    folder = datatrove_folder(tmp_path / "d", names)
+    if removed:
+        (folder / removed).unlink()
+    with pytest.raises(UserError, match=f"{folder}.*{named}"):
+        open_data(folder)
+
+
+def test_a_link_in_place_of_a_headerless_file_is_refused(tmp_path):
+    """Any file on the machine would otherwise be read as tokens."""
+    (tmp_path / "private").write_bytes(b"0123456789")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "00000_merged.ds").symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match="00000_merged.ds: a symbolic link"):
+        open_data(tmp_path / "d")
+
+
+# ------------------------------------------------------------------------------------ fingerprint
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("position", [1024, 1300, -1])
+def test_the_fingerprint_sees_a_flipped_bit_of_a_small_corpus(tmp_path, foreign, position):
+    make_data(tmp_path)
+    if foreign:
+        (tmp_path / "manifest.json").unlink()
+    fingerprint = open_data(tmp_path).fingerprint
+    assert open_data(tmp_path).fingerprint == fingerprint
+    for shard in ("c_val_000000.bin", SHARD, "c_train_000002.bin"):
+        content = bytearray((tmp_path / shard).read_bytes())
+        place = min(position, len(content) - 2) if position > 0 else len(content) - 1
+        content[place] ^= 1
+        (tmp_path / shard).write_bytes(content)
+        assert open_data(tmp_path).fingerprint != fingerprint
+        content[place] ^= 1
+        (tmp_path / shard).write_bytes(content)
+
+
+def test_the_fingerprint_is_of_the_data_and_not_of_their_place(tmp_path):
+    make_data(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert open_data(tmp_path / "a").fingerprint == open_data(tmp_path / "b").fingerprint
+
+
+def test_the_fingerprint_of_a_large_shard_reads_samples_of_it_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "SAMPLES", 8)
+    monkeypatch.setattr(tokens, "SAMPLE_BYTES", 64)
+    folder = make_data(tmp_path / "d", shards=((50, "val"), (5000, "train")), end_token=200)
+    shard = folder / "c_train_000001.bin"
+    good = shard.read_bytes()
+    fingerprint = open_data(folder).fingerprint
+    seen = set()
+    for place in range(1024, len(good), 32):
+        patch(shard, place, bytes([good[place] ^ 1]))
+        if open_data(folder).fingerprint != fingerprint:
+            seen.add(place)
+        patch(shard, place, good[place : place + 1])
+    assert max(seen) >= len(good) - 64  # the end
+    assert len(seen) < (len(good) - 1024) // 32 // 4  # not everything
+    assert max(seen) - min(seen) > len(good) // 2  # and spread
+
+
+# --------------------------------------------------------------------------- reading needs no more
+
+
+def test_reading_writes_nothing(tmp_path):
+    make_data(tmp_path / "d")
+    earlier = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "d").iterdir()}
+    folder_time = (tmp_path / "d").stat().st_mtime_ns
+    open_data(tmp_path / "d")
+    verify(tmp_path / "d")
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "d").iterdir()} == earlier
+    assert (tmp_path / "d").stat().st_mtime_ns == folder_time
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """Under the limit of 256 open files that macOS has."""
+    pytest.importorskip("resource")
+    make_data(tmp_path, shards=[(40, "val")] + [(40, "train")] * 300, end_token=200)
+    script = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+        "from tokens import open_data\n"
+        "train = open_data(sys.argv[1]).train\n"
+        "read_at_once = train.read(0, len(train)).tolist()\n"
+        "one_by_one = [int(train.read(i, i + 1)[0]) for i in range(len(train))]\n"
+        "assert len(train) == 12000 and read_at_once == one_by_one\n"
     )
-    flags = "--n-layer 1 --n-head 1 --n-embd 16 --seq-len 16 --micro-batch 2 --total-batch-tokens 32 --max-steps 2 --device cpu --eval-tokens 64"
     done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "train_gpt2.py",
-            "--data",
-            tmp_path / "out",
-            "--out",
-            tmp_path / "run",
-            *flags.split(),
-        ],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if line["event"] == "train"] == [1, 2]
 
 
-# ---------------------------------------------------------------------------------------------------- training order
+# ---------------------------------------------------------------------------------- hostile files
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": {}},
+        {"shards": [5]},
+        {"shards": [{"name": "../secret.bin", "tokens": 1, "sha256": ""}]},
+        {"shards": [{"name": "/etc/passwd", "tokens": 1, "sha256": ""}]},
+        {"shards": [{"name": "c_train_000001.bin", "tokens": "1", "sha256": ""}]},
+        {"shards": [{"name": "c_train_000001.bin", "tokens": True, "sha256": ""}]},
+        {"shards": [{"name": "c_train_000001.bin", "tokens": 10**30, "sha256": ""}]},
+        {"shards": [{"name": "manifest.json", "tokens": 1, "sha256": ""}]},
+        {"shards": [{"name": "a.bin", "tokens": 1, "sha256": ""}] * 2},
+        {"encoding": 5},
+        {"encoding": "gpt2"},
+        {"vocab_size": 10**18},
+        {"vocab_size": 257.0},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_another_shape_is_refused(tmp_path, change):
+    make_data(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="manifest.json: "):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"files": {}}', "[]", "5", "[" * 10**5])
+def test_other_json_as_manifest_is_refused(tmp_path, content):
+    make_data(tmp_path)
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="manifest.json: "):
+        open_data(tmp_path)
+
+
+NPY_HEADERS = [
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (10000000000000000000000,), }",
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (-9,), }",
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (9.0,), }",
+    "{'descr': '<u2', 'fortran_order': False, 'shape': 9, }",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (9,), }",
+    "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (9,), }",
+    "{'descr': ('<u2', (10**9,)), 'fortran_order': False, 'shape': (9,), }",
+    "(" * 5000,
+    "__import__('os').system('true')",
+    "",
+    "\0" * 100,
+]
+
+
+@pytest.mark.parametrize("header", NPY_HEADERS, ids=lambda header: header[:70])
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_foreign_npy_header_is_refused(tmp_path, header, version):
+    length = struct.pack("<H" if version == 1 else "<I", len(header) + 1)
+    content = b"\x93NUMPY" + bytes([version, 0]) + length + header.encode() + b"\n" + bytes(18)
+    (tmp_path / "a_val_000000.npy").write_bytes(content)
+    with pytest.raises(UserError, match="a_val_000000.npy"):
+        open_data(tmp_path)
+
+
+def test_mutated_shards_and_manifests_are_read_or_refused(tmp_path):
+    """600 random changes of a byte or of the length, in files of every format."""
+    random = np.random.default_rng(0)
+    for suffix in ("bin", "npy", "ds"):
+        (tmp_path / suffix).mkdir()
+    make_data(tmp_path / "bin")
+    np.save(tmp_path / "npy" / "a_val_000000.npy", np.arange(50, dtype=np.uint16))
+    np.save(tmp_path / "npy" / "a_train_000001.npy", np.arange(50, dtype=np.uint16))
+    np.arange(40, dtype="<u2").tofile(tmp_path / "ds" / "0.ds")
+    (tmp_path / "ds" / "0.ds.metadata").write_text("gpt2|2\n40\n40 T")
+    for folder in tmp_path.iterdir():
+        names = sorted(file.name for file in folder.iterdir())
+        for _ in range(200):
+            file = folder / names[random.integers(len(names))]
+            good = file.read_bytes()
+            bad = bytearray(good)
+            # Half of the changes hit the first 128 bytes, where headers are.
+            end = min(128, len(bad)) if random.random() < 0.5 else len(bad)
+            bad[random.integers(end)] = random.integers(256)
+            if random.random() < 0.2:
+                bad = bad[: random.integers(len(bad))]
+            file.write_bytes(bad)
+            try:
+                verify(folder)
+            except UserError as error:
+                assert str(folder) in str(error)
+            finally:
+                file.write_bytes(good)
+
+
+def test_a_downloaded_shard_is_taken_only_if_it_is_right(tmp_path):
+    entry = write_shard(tmp_path / "download.bin", np.arange(9, dtype=np.uint16))
+    with pytest.raises(UserError, match="the download was damaged"):
+        add_downloaded_shard(tmp_path / "download.bin", tmp_path / "a.bin", "0" * 64)
+    assert not (tmp_path / "a.bin").exists()
+    added = add_downloaded_shard(tmp_path / "download.bin", tmp_path / "a.bin", entry["sha256"])
+    assert added == entry | {"name": "a.bin"} and (tmp_path / "a.bin").exists()
+
+
+# ----------------------------------------------------------------------------------- training order
 
 sizes, seeds = st.integers(1, 500), st.integers(0, 2**63)
 
@@ -450,7 +816,7 @@ def test_order_differs_by_seed_and_epoch():
 
 
 def test_order_is_spread_evenly():
-    """Chi-square of where window 0 … 49 lands, over many epochs: a biased permutation would favour some places."""
+    """Chi-square of the places of 50 windows over many epochs; bias would favour some places."""
     n, epochs = 50, 4000
     order = training_windows(0, n * epochs, n, 7).reshape(epochs, n)
     counts = np.stack(
