@@ -1,283 +1,268 @@
 """What a run costs before it starts: parameters, FLOPs, memory, communication, time, checkpoints.
 
-    python train_gpt2.py --dry-run     # this run, on this machine
-    python plan.py                     # the tables of docs/scaling.md
+    python train_gpt2.py --dry-run                      # this run, on this machine
+    python train_gpt2.py --dry-run --gpus 8 --gpu h100  # this run, on a machine that is not here
 
-Everything here is arithmetic on a GPTConfig; the tests check it against torch's own counters. Units: bytes, seconds,
-FLOPs; GB is 10^9 bytes.
+Everything here is arithmetic on a GPTConfig. The tests check it against torch's own counters.
+Units: bytes, seconds, FLOPs; GB is 10^9 bytes.
 
-Letters: B sequences per micro-batch, T tokens each, W ranks, C channels, H heads, L layers, V vocabulary.
+Letters: B sequences per micro-batch, T tokens each, W ranks, C channels, H heads, L layers,
+V vocabulary.
 """
 
-import argparse
 import math
 import time
 
 import torch
 
-from cli import run_script
-from model import LOSS_ROWS, SIZES, GPTConfig
-from runtime import PEAK_FLOPS, Runtime, peak_flops
+from cli import UserError
+from model import LOSS_ROWS, GPTConfig
+from runtime import PEAK_FLOPS, Runtime, peak_flops, unfused_attention_is_faster
 
-ASSUMED_MFU = 0.4  # share of a device's matrix throughput that training reaches; docs/scaling.md compares it with published runs
+# The part of a device's matrix throughput that training reaches. docs/scaling.md compares it with
+# published runs.
+ASSUMED_MFU = 0.4
+
+# What a training process on a CPU holds beside its tensors: Python, torch, its kernels' code and
+# matplotlib. Measured on Linux with torch 2.13: 240 MB after the imports, 350 MB after a step,
+# 370 MB after a picture.
+LIBRARY_BYTES = 370_000_000
 
 
 def parameters(c: GPTConfig) -> int:
-    """Embeddings, then per layer four matrices (12 C²), their biases (9 C) and two norms (4 C), then the last norm."""
-    return (
-        (c.vocab_size + c.block_size) * c.n_embd
-        + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd)
-        + 2 * c.n_embd
-    )
+    """The number of parameters. The head is the embedding, so it counts once."""
+    embeddings = (c.vocab_size + c.block_size) * c.n_embd
+    matrices = 12 * c.n_embd**2  # of a layer: 3 C² and C² in attention, 4 C² and 4 C² in the MLP
+    biases = 9 * c.n_embd
+    norm = 2 * c.n_embd
+    return embeddings + c.n_layer * (matrices + biases + 2 * norm) + norm
 
 
 def flops_per_token(c: GPTConfig) -> int:
-    """Training FLOPs per token: 6 per parameter of a matrix product, the head's included, and the attention products
-    without causal discount (PaLM, appendix B)."""
-    matmul = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
-    return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size
+    """Training FLOPs per token, forward and backward (PaLM, appendix B).
+
+    A parameter of a matrix product costs 6, the head's included. Attention's two products are
+    counted over the whole context, without a discount for its causal mask.
+    """
+    in_matrix_products = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
+    attention = 12 * c.n_layer * c.n_embd * c.block_size
+    return 6 * in_matrix_products + attention
 
 
-# ---------------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------------------- memory
 
 
 def activation_bytes(c: GPTConfig, width: int = 2, fused: bool = True) -> int:
-    """What the forward pass keeps for the backward, per token, without dropout; torch.compile keeps less.
+    """Bytes per token that the forward pass keeps for the backward pass, without dropout.
 
-    width: bytes per element of matrix products, 2 under bfloat16 autocast. fused: attention without its T × T matrix.
+    width: bytes per element of matrix products, 2 under bfloat16 autocast. fused: attention
+    without its T × T matrix. torch.compile keeps less.
     """
-    C, H = c.n_embd, c.n_head
-    residual = 2 * 4 * C  # the inputs of both norms; the residual stream stays float32
-    # Inputs of the four linears: C, C, C (attention's output, which attention keeps too) and 4 C; q, k, v: 3 C; GELU's input: 4 C.
-    products = 14 * C * width
-    attention = (
-        4 * H if fused else width * H * c.block_size
-    )  # a log-sum-exp, or a row of the matrix, per head
-    norms = 2 * 8  # mean and 1/std of both
-    last = 4 * C + 8 + width * C  # the last norm, and the gradient that the loss hands back
-    return c.n_layer * (residual + products + attention + norms) + last + 8  # 8: the token
+    C, H, T = c.n_embd, c.n_head, c.block_size
+    residual_stream = 2 * 4 * C  # the inputs of both norms, which stay float32
+    inputs_of_linears = (C + C + C + 4 * C) * width  # attention keeps its output too: counted once
+    queries_keys_values = 3 * C * width
+    input_of_gelu = 4 * C * width
+    log_sum_exps = 4 * H  # in float32
+    rows_of_attention = width * H * T
+    attention = log_sum_exps if fused else rows_of_attention
+    norms = 2 * 8  # mean and 1/std of both, in float32
+    layer = (
+        residual_stream
+        + inputs_of_linears
+        + queries_keys_values
+        + input_of_gelu
+        + attention
+        + norms
+    )
+    last_norm = 4 * C + 8
+    gradient_of_loss = width * C  # which the loss computes in the forward pass
+    token = 8
+    return c.n_layer * layer + last_norm + gradient_of_loss + token
 
 
 def memory(
     c: GPTConfig, micro_batch: int, width: int = 2, device: str = "cuda", fused: bool = True
 ) -> dict[str, int]:
-    """Peak bytes of training on one rank, by part; DDP adds nothing, its buckets are the gradients."""
+    """Peak bytes of training on one rank, by part.
+
+    DDP adds nothing to it as long as gradients are set to zero between updates. They are then
+    views of DDP's buckets (gradient_as_bucket_view). Gradients that are set to None instead are
+    made anew outside the buckets by each update that accumulates under no_sync, which takes
+    another 4 bytes per parameter.
+    """
     tokens = micro_batch * c.block_size
-    # Bytes per logit of a chunk: itself and what log_softmax makes of it.
-    logits = c.vocab_size * min(tokens, LOSS_ROWS[device]) * (10 if width == 2 else 8)
+    copies = 0
+    if width == 2:
+        copies = 2 * 12 * c.n_layer * c.n_embd**2  # which autocast makes of the linears' weights
+    rows_of_logits = min(tokens, LOSS_ROWS[device])
+    bytes_per_logit = 10 if width == 2 else 8  # itself and what log_softmax makes of it
+    logits = c.vocab_size * rows_of_logits * bytes_per_logit
+    head = (width + 4) * c.vocab_size * c.n_embd  # its copy in `width`, its gradient in float32
     return {
-        "weights, gradients and moments": 16 * parameters(c),  # 4 × float32
-        "copies in bfloat16": 2 * 12 * c.n_layer * c.n_embd**2
-        if width == 2
-        else 0,  # which autocast makes of the linears
+        "weights, gradients and moments": 4 * 4 * parameters(c),  # float32, two moments
+        "copies in bfloat16": copies,
         "activations": tokens * activation_bytes(c, width, fused),
-        "loss": (width + 4) * c.vocab_size * c.n_embd + logits,  # with the head's copy and gradient
+        "loss": head + logits,
     }
 
 
-# ---------------------------------------------------------------------------------------------------- time
+# ---------------------------------------------------------------------------------------- time
 
 
 def step_seconds(c: GPTConfig, batch_tokens: int, world_size: int, speed: float) -> float:
-    """Arithmetic of one update; speed: FLOP/s that each rank sustains."""
+    """The arithmetic of one update; speed: FLOP/s that each rank sustains."""
     return batch_tokens * flops_per_token(c) / (world_size * speed)
 
 
 def all_reduce_seconds(c: GPTConfig, world_size: int, bandwidth: float) -> float:
-    """A ring all-reduce of the float32 gradients: each rank sends 2 (W - 1) / W of them over the slowest link
-    (bandwidth, bytes/s: the bus bandwidth of nccl-tests)."""
+    """A ring all-reduce of the float32 gradients.
+
+    Each rank sends 2 (W - 1) / W of them over the slowest link. bandwidth: of that link, in
+    bytes/s; it is what nccl-tests calls the bus bandwidth.
+    """
     return 2 * (world_size - 1) / world_size * 4 * parameters(c) / bandwidth
 
 
 def checkpoint_bytes(c: GPTConfig) -> int:
     """Weights and AdamW's two moments, float32."""
-    return 12 * parameters(c)
+    return 3 * 4 * parameters(c)
 
 
 def checkpoint_interval(write_seconds: float, mtbf: float) -> float:
-    """Seconds between checkpoints that lose the least time (Young 1974, Daly 2006); mtbf: mean seconds between failures of the job."""
+    """Seconds between checkpoints that lose the least time (Young 1974, Daly 2006).
+
+    mtbf: mean seconds between failures of the job.
+    """
     return math.sqrt(2 * write_seconds * mtbf)
 
 
 def matmul_speed(rt: Runtime, seconds: float = 0.5) -> float:
-    """FLOP/s of a square matrix product on this device, now: the best of many, to see past what else it is doing."""
-    size = (
-        512 if rt.device.type == "cpu" else 4096
-    )  # large enough to be efficient, small enough to be repeated
+    """FLOP/s of a square matrix product on this device, now.
+
+    It is the best of as many as fit into `seconds`, to see past what else the device is doing.
+    """
+    # Large enough to be efficient, small enough to be repeated.
+    size = 512 if rt.device.type == "cpu" else 4096
     a = torch.randn(size, size, device=rt.device, dtype=rt.dtype)
-    best, end = math.inf, time.perf_counter() + seconds
+    best = math.inf
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        began = time.perf_counter()
+        start = time.perf_counter()
         a @ a
         rt.synchronize()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
-# ---------------------------------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------------------------- one run
 
 
 def plan(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int) -> list[str]:
-    """The run in a few lines, before it starts."""
-    tokens, width = steps * batch_tokens, 2 if rt.dtype == torch.bfloat16 else 4
-    micro_steps = batch_tokens // (micro_batch * c.block_size * rt.world_size)
-    fused = (
-        rt.device.type != "cpu" or rt.dtype != torch.bfloat16 or c.block_size > 512
-    )  # see Runtime.attention
-    parts = memory(c, micro_batch, width, rt.device.type, fused)
+    """The run in a few lines, before it starts: model, training, one step, memory."""
+    tokens = steps * batch_tokens
+    sequences = batch_tokens // (c.block_size * rt.world_size)  # of one rank in one step
+    micro_batch = min(micro_batch, sequences)
+    micro_steps = math.ceil(sequences / micro_batch)
     return [
-        f"model          {parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
-        f"context {c.block_size}, vocabulary {c.vocab_size:,}",
-        f"training       {steps:,} steps of {batch_tokens:,} tokens = {tokens:,} tokens, {tokens * flops_per_token(c):.2e} FLOPs",
-        f"each step      {micro_steps} micro-batch{'es' * (micro_steps > 1)} of {micro_batch} × {c.block_size} tokens on each rank",
-        f"memory         about {amount(sum(parts.values()))} on each rank: "
-        + ", ".join(f"{name} {amount(size)}" for name, size in parts.items() if size),
+        f"model          {parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads, "
+        f"{c.n_embd} channels, context {c.block_size}, vocabulary {c.vocab_size:,}",
+        f"training       {steps:,} steps of {batch_tokens:,} tokens = {tokens:,} tokens, "
+        f"{tokens * flops_per_token(c):.2e} FLOPs",
+        f"each step      {count(micro_steps, 'micro-batch', 'micro-batches')} of {micro_batch} × "
+        f"{c.block_size} tokens on {'each of ' * (rt.world_size > 1)}"
+        f"{count(rt.world_size, 'rank', 'ranks')}",
+        memory_line(c, rt, micro_batch),
     ]
 
 
+def memory_line(c: GPTConfig, rt: Runtime, micro_batch: int) -> str:
+    """What each rank needs, its parts, and what comes on top."""
+    width = rt.dtype.itemsize
+    fused = not unfused_attention_is_faster(rt.device, rt.dtype, c.block_size)
+    parts = memory(c, micro_batch, width, rt.device.type, fused)
+    total = sum(parts.values())
+    if rt.device.type == "cpu":
+        total += LIBRARY_BYTES
+        parts["Python and torch themselves"] = LIBRARY_BYTES
+    words = [f"{name} {amount(size)}" for name, size in parts.items() if size]
+    line = f"memory         about {amount(total)} on each rank: {', '.join(words)}"
+    if rt.device.type == "cuda":
+        line += "; CUDA's own context and the allocator's slack come on top"
+    return line
+
+
 def plan_time(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int) -> list[str]:
-    """How long the run would take, with what that assumes: the datasheet's peak, else matrix products timed here."""
+    """How long the run would take here, and the size of its checkpoints.
+
+    The device's speed is its datasheet's peak, or that of matrix products timed now.
+    """
     peak = peak_flops(rt.device)
-    flops = peak or matmul_speed(rt)
-    seconds = steps * step_seconds(c, batch_tokens, rt.world_size, ASSUMED_MFU * flops)
-    source = "in its datasheet" if peak else "of matrix products timed here"
+    if peak:
+        return time_lines(c, rt.world_size, steps, batch_tokens, peak, "in its datasheet")
+    speed = matmul_speed(rt)
+    source = "of matrix products timed here"
+    return time_lines(c, rt.world_size, steps, batch_tokens, speed, source)
+
+
+def plan_for(
+    c: GPTConfig, gpus: int, gpu: str, steps: int, batch_tokens: int, micro_batch: int
+) -> list[str]:
+    """The lines of `plan` and `plan_time` for a machine that need not be here.
+
+    gpus: how many cards. gpu: a name in runtime.PEAK_FLOPS, in capitals or not. Raises UserError
+    if there is no figure for that card, or if the batch cannot be divided among so many.
+    """
+    peaks = {name.lower(): flops for name, flops in PEAK_FLOPS.items()}
+    if gpu.lower() not in peaks:
+        raise UserError(
+            f"{gpu!r}: no datasheet figure is known for a GPU of that name",
+            expected=f"one of {', '.join(sorted(peaks))}",
+            remedy="name the one whose speed is nearest",
+        )
+    sequences = batch_tokens // c.block_size
+    if gpus < 1 or sequences % gpus:
+        raise UserError(
+            f"{sequences} sequences a step cannot be divided among {gpus} GPUs",
+            expected=f"a number of GPUs that divides {sequences}",
+            remedy="change the number of GPUs or the tokens in a batch",
+        )
+    rt = Runtime(0, gpus, torch.device("cuda"), torch.bfloat16)
+    peak = peaks[gpu.lower()]
     return [
-        f"time           {duration(seconds)} at {steps * batch_tokens / seconds:,.0f} tokens/s, if training reaches {ASSUMED_MFU:.0%} (assumed) "
-        f"of each rank's {flops / 1e12:.3g} TFLOP/s ({source}); evaluations come on top",
+        *plan(c, rt, steps, batch_tokens, micro_batch),
+        *time_lines(c, gpus, steps, batch_tokens, peak, f"in the datasheet of {gpu.upper()}"),
+    ]
+
+
+def time_lines(
+    c: GPTConfig, world_size: int, steps: int, batch_tokens: int, flops: float, source: str
+) -> list[str]:
+    """Duration and checkpoints. flops: each rank's peak in FLOP/s. source: where that is from."""
+    seconds = steps * step_seconds(c, batch_tokens, world_size, ASSUMED_MFU * flops)
+    tokens_per_second = steps * batch_tokens / seconds
+    return [
+        f"time           {duration(seconds)} at {tokens_per_second:,.0f} tokens/s, if training "
+        f"reaches {ASSUMED_MFU:.0%} (assumed) of each rank's {flops / 1e12:.3g} TFLOP/s "
+        f"({source}); evaluations come on top",
         f"checkpoints    {amount(checkpoint_bytes(c))} each",
     ]
 
 
+def count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
+
+
 def amount(size: float) -> str:
+    """A number of bytes in GB or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Two digits of it, in the unit a person would use."""
-    unit, size = next(
-        (u, s)
-        for u, s in (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
-        if seconds >= 2 * s or s == 1
-    )
-    value = seconds / size
+    """Two digits of it, in the unit that a person would use."""
+    unit, length = "seconds", 1
+    for longer_unit, longer in (("minutes", 60), ("hours", 3600), ("days", 86400)):
+        if seconds >= 2 * longer:
+            unit, length = longer_unit, longer
+    value = seconds / length
     return f"{value:.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
-
-
-# ---------------------------------------------------------------------------------------------------- the tables of docs/scaling.md
-
-BATCH = {
-    "gpt2": 2**19,
-    "gpt2-medium": 2**19,
-    "gpt2-large": 2**19,
-    "gpt2-xl": 2**20,
-}  # tokens per update, as in the recipes
-SPEED = ASSUMED_MFU * PEAK_FLOPS["H100"]
-# Bytes/s each way. One GPU's NVLink; a node's network cards together, since a ring over nodes enters and leaves each node once.
-LINKS = {
-    "NVLink, 450 GB/s": 450e9,
-    "8 × 400 Gb/s a node": 400e9,
-    "1 × 400 Gb/s": 50e9,
-    "1 × 100 Gb/s": 12.5e9,
-}
-FAILURES = {"6 hours": 6 * 3600, "1 day": 86400, "33 days": 33 * 86400}
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown; the first column is left-aligned."""
-    return "\n".join(
-        "| " + " | ".join(row) + " |" for row in [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    )
-
-
-def tables() -> list[str]:
-    """Everything that docs/scaling.md shows in figures, for H100s at ASSUMED_MFU."""
-    sizes = table(
-        [
-            "size",
-            "parameters",
-            "MFLOP per token",
-            "weights, gradients, moments",
-            "copies in bfloat16",
-            "activations per sequence",
-            "checkpoint",
-        ],
-        [
-            [
-                name,
-                f"{parameters(c):,}",
-                f"{flops_per_token(c) / 1e6:,.0f}",
-                f"{16 * parameters(c) / 1e9:.1f} GB",
-                f"{memory(c, 1)['copies in bfloat16'] / 1e9:.1f} GB",
-                f"{c.block_size * activation_bytes(c) / 1e9:.2f} GB",
-                f"{checkpoint_bytes(c) / 1e9:.1f} GB",
-            ]
-            for name, c in SIZES.items()
-        ],
-    )
-
-    micro_batches = (1, 4, 8, 16, 32, 64)
-    totals = table(
-        ["GB per GPU at micro-batch", *map(str, micro_batches)],
-        [
-            [name, *(f"{sum(memory(c, b).values()) / 1e9:.0f}" for b in micro_batches)]
-            for name, c in SIZES.items()
-        ],
-    )
-
-    rows = []
-    for name, c in SIZES.items():
-        for world_size in (8, 64):
-            compute = step_seconds(c, BATCH[name], world_size, SPEED)
-            waits = [all_reduce_seconds(c, world_size, b) for b in LINKS.values()]
-            cells = [f"{1000 * w:.0f} ms ({w / compute:.0%})" for w in waits]
-            cells = (
-                cells[:1] + ["–"] * 3 if world_size == 8 else ["–"] + cells[1:]
-            )  # 8 GPUs are one node
-            rows.append(
-                [
-                    f"{name}, {world_size} GPUs",
-                    f"{BATCH[name] // world_size:,}",
-                    f"{1000 * compute:,.0f} ms",
-                    *cells,
-                ]
-            )
-    communication = table(["", "tokens per GPU and step", "arithmetic", *LINKS], rows)
-
-    rows = []
-    for name, c in SIZES.items():
-        times = []
-        for world_size, link in ((1, math.inf), (8, 450e9), (64, 400e9)):
-            step = step_seconds(c, BATCH[name], world_size, SPEED) + all_reduce_seconds(
-                c, world_size, link
-            )
-            times.append(10e9 / BATCH[name] * step)
-        rate = SPEED / flops_per_token(c)
-        rows.append(
-            [name, f"{rate / 1000:,.0f}k", f"{2 * 64 * rate / 1e6:.0f} MB/s", *map(duration, times)]
-        )
-    times = table(
-        ["10B tokens", "tokens/s per GPU", "tokens read by 64 GPUs", "1 GPU", "8 GPUs", "64 GPUs"],
-        rows,
-    )
-
-    rows = []
-    for name, c in SIZES.items():
-        write = checkpoint_bytes(c) / 1e9
-        rows.append(
-            [
-                name,
-                f"{write:.1f} s",
-                *(duration(checkpoint_interval(write, mtbf)) for mtbf in FAILURES.values()),
-            ]
-        )
-    intervals = table(["a failure every", "write at 1 GB/s", *FAILURES], rows)
-    return [sizes, totals, communication, times, intervals]
-
-
-def main() -> None:
-    argparse.ArgumentParser(description="Print the tables of docs/scaling.md.").parse_args()
-    print("\n\n".join(tables()))
-
-
-if __name__ == "__main__":
-    run_script(main)
