@@ -1,20 +1,31 @@
-"""HellaSwag: fetch, render and score the commonsense benchmark of Zellers et al. 2019 (arXiv 1905.07830).
+"""HellaSwag: download, render and score the commonsense benchmark of Zellers et al. 2019.
 
     python hellaswag.py --model gpt2 --device cuda      accuracy over the 10,042 validation items
-    python hellaswag.py --download                      fetch the data and stop
+    python hellaswag.py --download                      download the data and stop
 
-An item is a context with four endings; a model is right when it finds the right one the likeliest. Two conventions
-are in use, and their figures must not be mixed:
+An item is a context with four endings, one of which is right. A model is right where it finds that
+ending the likeliest. Two conventions are in use, and their figures must not be mixed:
 
-- completion (build-nanogpt, llm.c): `ctx`, then " " + ending. acc takes the ending with the highest summed
-  log-probability, acc_norm the highest mean per token.
-- harness (lm-evaluation-harness): "activity label: ctx_a Ctx_b" and the endings, cleaned of WikiHow's brackets. acc
-  takes the highest sum, acc_norm the highest sum divided by the number of characters of the ending.
+- completion (build-nanogpt, llm.c): the context is `ctx`, followed by a space and the ending. acc
+  chooses the ending with the highest sum of log-probabilities, acc_norm the highest mean per token.
+- harness (lm-evaluation-harness): the context is "activity_label: ctx_a Ctx_b". WikiHow's brackets
+  are removed from it and from the endings. acc chooses the highest sum, acc_norm the highest sum
+  divided by the number of characters of the ending.
 
-Their contexts differ from the first token on, so one forward pass cannot serve both; acc and acc_norm share theirs.
-An item longer than block_size loses the start of its context, in either style, as in lm-evaluation-harness.
+The contexts of the two styles differ from the first token on, so each style needs forward passes of
+its own. Where context and ending together exceed block_size, the start of the context is cut off,
+in both styles, as in lm-evaluation-harness.
+
+Source: arXiv 1905.07830.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds, so that Ctrl-C ends them too
+    import cli
+
+    cli.exit_on_signals()
+
+
+import functools
 import hashlib
 import json
 import math
@@ -24,311 +35,426 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
+import tyro
 from tqdm import tqdm
 
 from cli import UserError, parse_flags, run_script
 from model import GPT
 from run_directory import load_model
-from runtime import Runtime, choose_dtype, start
+from runtime import Runtime, choose_dtype, masked_attention, start
 
 DATA = Path("data/hellaswag/hellaswag_val.jsonl")
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SIZE, ROWS = 12_246_618, 10_042
+SIZE = 12_246_618  # bytes
+ROWS = 10_042
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 Style = Literal["completion", "harness"]
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
 class Item:
     ctx: str
-    endings: Sequence[str]  # four
-    label: int  # which ending is right
+    endings: tuple[str, ...]  # four
+    label: int  # which ending is right, 0 to 3
     activity_label: str | None = None  # these three for harness style only
     ctx_a: str | None = None
     ctx_b: str | None = None
 
 
-def fetch(
+def download(
     file: Path = DATA, url: str = URL, size: int = SIZE, sha256: str = SHA256, attempts: int = 5
 ) -> None:
-    """Fetch the official validation set. The file appears whole and proven or not at all, so any number of processes
-    may fetch it at once."""
-    import requests
+    """Download the official validation set, `size` bytes with the hash `sha256`.
 
+    The file appears whole and checked or not at all, so several processes may download at once.
+    Raises UserError if the server cannot be reached or sends something else.
+    """
+    content = _read_url(url, size, attempts, remedy=f"check the connection, or copy it to {file}")
+    if found := _mismatch(content, size, sha256):
+        raise UserError(
+            f"{url}: {found}",
+            expected=f"{size:,} bytes with sha256 {sha256[:8]}…",
+            remedy=f"try again later, or copy the file to {file}",
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
-        for attempt in range(attempts):
-            try:
-                with (
-                    requests.get(url, stream=True, timeout=30) as response,
-                    open(temporary, "wb") as f,
-                ):
-                    response.raise_for_status()
-                    for block in response.iter_content(1 << 20):
-                        f.write(block)
-                    f.flush()
-                    os.fsync(f.fileno())
-                break
-            except requests.RequestException as error:
-                status = getattr(error.response, "status_code", 500)
-                if attempt + 1 == attempts or (status < 500 and status != 429):
-                    why = (
-                        f"HTTP status {error.response.status_code}"
-                        if error.response is not None
-                        else type(error).__name__
-                    )
-                    raise UserError(
-                        f"{url}: {why}",
-                        expected="the HellaSwag validation set",
-                        remedy=f"check the connection, or copy the file to {file}",
-                    ) from None
-                time.sleep(2**attempt)
-        if found := _mismatch(temporary.read_bytes(), size, sha256):
-            raise UserError(
-                f"{url}: {found}",
-                expected=f"{size:,} bytes with sha256 {sha256[:8]}…",
-                remedy=f"try again later, or copy the file to {file}",
-            )
+        with open(temporary, "xb") as f:  # x: a new file, never one that a link points to
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _read_url(url: str, size: int, attempts: int, remedy: str) -> bytes:
+    """The body at an address, cut soon after `size` bytes: a server may never stop sending.
+
+    Connections that break and servers that are busy are tried again, after 1, 2, 4, … seconds.
+    """
+    import requests
+
+    for attempt in range(attempts):
+        try:
+            with requests.get(url, stream=True, timeout=30) as response:
+                response.raise_for_status()
+                content = bytearray()
+                for block in response.iter_content(1 << 20):
+                    content += block
+                    if len(content) > size:
+                        break
+                return bytes(content)
+        except requests.RequestException as error:
+            reason = type(error).__name__
+            may_pass = True
+            if error.response is not None:
+                status = error.response.status_code
+                reason = f"HTTP status {status}"
+                may_pass = status >= 500 or status == 429  # 429: too many requests
+            if attempt + 1 == attempts or not may_pass:
+                raise UserError(
+                    f"{url}: {reason}", expected="the HellaSwag validation set", remedy=remedy
+                ) from None
+            time.sleep(2**attempt)
+    raise AssertionError("attempts is at least 1")
+
+
 def _mismatch(content: bytes, size: int, sha256: str) -> str:
-    """What a file is instead of what it should be; empty if it is right."""
-    rows, digest = len(content.splitlines()), hashlib.sha256(content).hexdigest()
-    return (
-        ""
-        if (len(content), digest) == (size, sha256)
-        else f"{len(content):,} bytes in {rows:,} rows with sha256 {digest[:8]}…"
-    )
+    """What the content is, where it is not what it should be; empty where it is."""
+    digest = hashlib.sha256(content).hexdigest()
+    if len(content) == size and digest == sha256:
+        return ""
+    if len(content) > size:
+        return f"more than {size:,} bytes"
+    rows = len(content.splitlines())
+    return f"{len(content):,} bytes in {rows:,} rows with sha256 {digest[:8]}…"
 
 
 def load_items(file: Path | None = None) -> list[Item]:
-    """Items of a JSON-lines file in the official schema; None is the official file, checked against its hash."""
-    path = file or DATA
+    """The items of a JSON-lines file in the official schema.
+
+    None is the official file, which is checked against its hash; any other may have any number of
+    items. Raises UserError, with file and line, for what is not an item.
+    """
+    path = DATA if file is None else file
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file",
+            f"{path}: {'not a regular file' if path.exists() else 'no such file'}",
             expected="HellaSwag items as JSON lines",
-            remedy="check --data, or use --download",
+            remedy="name another file, or download the official one with --download",
         )
     content = path.read_bytes()
     if file is None and (found := _mismatch(content, SIZE, SHA256)):
         raise UserError(
             f"{path}: {found}",
             expected=f"the official file of {ROWS:,} rows",
-            remedy="fetch it again with --download",
+            remedy="download it again with --download",
         )
-    items = [
-        _parse(line, f"{path}:{number}")
-        for number, line in enumerate(content.split(b"\n"), 1)
-        if line.strip()
-    ]
+    items = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            items.append(_parse(line, f"{path}:{number}"))
     if not items:
-        raise UserError(f"{path}: no items", expected="at least one", remedy="check --data")
+        raise UserError(f"{path}: no items", expected="at least one", remedy="name another file")
     return items
 
 
+LONGEST_LINE = 500_000  # bytes; the official ones have at most a few thousand
+
+
 def _parse(line: bytes, place: str) -> Item:
-    try:
-        row = json.loads(line)
-        json.dumps(
-            row, ensure_ascii=False
-        ).encode()  # JSON can spell lone surrogates, which are no text
-        item = Item(
-            row["ctx"],
-            row["endings"],
-            int(str(row["label"])),
-            row.get("activity_label"),
-            row.get("ctx_a"),
-            row.get("ctx_b"),
-        )
-        if (
-            not isinstance(item.endings, list)
-            or len(item.endings) != 4
-            or item.label not in range(4)
-        ):  # the label is a string in some copies
-            raise ValueError(f"label {item.label}, endings {str(item.endings)[:80]}")
-        if not all(isinstance(text, str) and text.strip() for text in (item.ctx, *item.endings)):
-            raise ValueError("ctx or an ending is empty or not text")
-        if not all(
-            isinstance(text, str | None) for text in (item.activity_label, item.ctx_a, item.ctx_b)
-        ):
-            raise ValueError("activity_label, ctx_a or ctx_b is not text")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    """The item in a line of JSON. place: file and line number, for the error."""
+    if len(line) > LONGEST_LINE:  # far longer ones overflow the stack of tiktoken's regex
+        fault = f"{len(line):,} bytes in a line"
+    else:
+        try:
+            row = json.loads(line)
+            fault = _fault(row)
+        except (ValueError, RecursionError) as error:  # RecursionError: [[[[[[[…
+            fault = str(error)
+    if fault:
         raise UserError(
-            f"{place}: {'no ' if isinstance(error, KeyError) else ''}{error}",
+            f"{place}: {fault}",
             expected="ctx, four endings that are not empty, and a label from 0 to 3",
-            remedy="mend the line or fetch the file again",
-        ) from None
-    return item
+            remedy="mend the line, or download the file again",
+        )
+    return Item(
+        ctx=row["ctx"],
+        endings=tuple(row["endings"]),
+        label=int(row["label"]),
+        activity_label=row.get("activity_label"),
+        ctx_a=row.get("ctx_a"),
+        ctx_b=row.get("ctx_b"),
+    )
+
+
+def _fault(row: object) -> str:
+    """Why a value read from JSON is no item; empty if it is one."""
+    if not isinstance(row, dict):
+        return f"a {type(row).__name__}"
+    for key in ("ctx", "endings", "label"):
+        if key not in row:
+            return f"no {key}"
+    if str(row["label"]) not in ("0", "1", "2", "3"):  # some copies have the label as a string
+        return f"label {str(row['label'])[:80]}"
+    endings = row["endings"]
+    if not isinstance(endings, list) or len(endings) != 4:
+        return f"endings {str(endings)[:80]}"
+    for text in (row["ctx"], *endings):
+        if not _is_text(text) or not text.strip():
+            return "ctx or an ending is empty or not text"
+    for key in ("activity_label", "ctx_a", "ctx_b"):
+        if row.get(key) is not None and not _is_text(row[key]):
+            return f"{key} is not text"
+    return ""
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a string without lone surrogates, which JSON can spell."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def find_items(rt: Runtime) -> list[Item] | None:
-    """For the training loop, which does not die of this: the official items, fetched if they are not there; None, and
-    one line that says why, if that fails. Rank 0 reads, all ranks receive."""
+    """The official items for the training loop, downloaded if they are not there.
+
+    Training goes on without them: if they cannot be had, one line says why and the result is None.
+    Rank 0 reads, and all ranks receive.
+    """
     items = None
     if rt.is_main:
         try:
             if not DATA.is_file():
-                fetch(attempts=1)
+                download(attempts=1)
             items = load_items()
         except (UserError, OSError) as error:
             rt.say(f"HellaSwag is skipped: {error}")
     return rt.broadcast(items)
 
 
-# ---------------------------------------------------------------------------------------------------- text to tokens
+# ---------------------------------------------------------------------------- text to tokens
 
 
 def render(item: Item, style: Style) -> tuple[str, list[str], list[float] | None]:
-    """Context, the four continuations to score after it, and what acc_norm divides their scores by (None: by tokens)."""
+    """The context, the four texts that are scored after it, and the four divisors for acc_norm.
+
+    The divisors are None in completion style, where the number of tokens divides.
+    """
     if style == "completion":
         return item.ctx, [" " + ending for ending in item.endings], None
     if item.activity_label is None or item.ctx_a is None or item.ctx_b is None:
         raise UserError(
-            "--style harness: the items lack activity_label, ctx_a or ctx_b",
+            "harness style: the items lack activity_label, ctx_a or ctx_b",
             expected="items in the official schema",
             remedy="use --style completion, or the official data",
         )
     query = _clean(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
     endings = [_clean(ending) for ending in item.endings]
-    context = query.rstrip()  # GPT-2's tokens begin with a space, never end with one: the harness scores it with the ending
-    gap = query[len(context) :] + " "
-    # An ending that the clean-up empties must not win: the harness divides by 0 and gets -inf, this gets close.
-    return (
-        context,
-        [gap + ending for ending in endings],
-        [len(ending) or 1e-9 for ending in endings],
-    )
+    # GPT-2's tokens begin with a space and never end with one. So the harness scores the spaces at
+    # the end of the context with the ending.
+    context = query.rstrip()
+    spaces = query[len(context) :] + " "
+    # The clean-up can leave nothing of an ending. The harness divides by 0 then and gets -inf; here
+    # the score becomes very low, and the ending loses as well.
+    lengths = [len(ending) or 1e-9 for ending in endings]
+    return context, [spaces + ending for ending in endings], lengths
 
 
 def _clean(text: str) -> str:
     """lm-evaluation-harness's clean-up; the brackets come from the WikiHow half of the data."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
+    lines = text.strip().replace(" [title]", ". ").split("\n")
+    for i, line in enumerate(lines):
+        # Behind the last "]" there is nothing to remove. Without the cut the expression would look
+        # through the rest of the line once for every "[" in it.
+        end = line.rfind("]") + 1
+        lines[i] = re.sub(r"\[.*?\]", "", line[:end]) + line[end:]
+    return "\n".join(lines).replace("  ", " ")
 
 
-# A context, and the endings read after it: (number of the ending = 4 · number of the item + k, its tokens).
-Row = tuple[list[int], list[tuple[int, list[int]]]]
+@dataclass(frozen=True)
+class Ending:
+    number: int  # 4 · number of the item + 0, 1, 2 or 3
+    tokens: np.ndarray  # (n,) int32
 
 
-def row_length(row: Row) -> int:
-    return len(row[0]) + sum(
-        len(tokens) - 1 for _, tokens in row[1]
-    )  # an ending's last token is predicted, never read
+@dataclass(frozen=True)
+class Row:
+    """A context and the endings that are scored after it. See `log_probabilities`."""
+
+    context: np.ndarray  # (n,) int32
+    endings: list[Ending]
+
+    def __len__(self) -> int:
+        """How many tokens the model reads. An ending's last token is predicted, but not read."""
+        return len(self.context) + sum(len(ending.tokens) - 1 for ending in self.endings)
 
 
-def to_rows(
-    number: int, item: Item, style: Style, encoding: tiktoken.Encoding, block_size: int
+@functools.lru_cache(maxsize=2)  # a training run scores the same items again and again
+def tokenize(
+    items: tuple[Item, ...], style: Style, encoding: tiktoken.Encoding, block_size: int
+) -> tuple[list[Row], np.ndarray]:
+    """Rows for all items, and the divisors for acc_norm, (items, 4)."""
+    rows, lengths = [], []
+    for i, item in enumerate(items):
+        item_rows, item_lengths = tokenize_item(i, item, style, encoding, block_size)
+        rows += item_rows
+        lengths.append(item_lengths)
+    return rows, np.array(lengths)
+
+
+def tokenize_item(
+    i: int, item: Item, style: Style, encoding: tiktoken.Encoding, block_size: int
 ) -> tuple[list[Row], list[float]]:
-    """The item's rows, one unless truncation leaves the endings different contexts, and what acc_norm divides by."""
-    context, endings, lengths = render(item, style)
-    head, rows, counts = encoding.encode_ordinary(context), {}, []
-    for k, ending in enumerate(endings):
-        tokens = encoding.encode_ordinary(ending)
-        # block_size tokens are read, the last is predicted; the first scored one needs one before it.
-        whole, scored = (head + tokens)[-(block_size + 1) :], min(len(tokens), block_size)
-        rows.setdefault(tuple(whole[:-scored]), []).append((4 * number + k, whole[-scored:]))
-        counts.append(scored)
-    return [(list(start), branches) for start, branches in rows.items()], lengths or counts
+    """The rows of item number i, and its four divisors for acc_norm.
+
+    An item is one row, unless it is too long: cutting the start of the context off can then leave
+    each ending another context, and endings with different contexts are in different rows.
+    """
+    context_text, ending_texts, lengths = render(item, style)
+    context = encoding.encode_ordinary(context_text)
+    endings_by_context: dict[tuple[int, ...], list[Ending]] = {}
+    num_scored = []
+    for k, ending_text in enumerate(ending_texts):
+        ending = encoding.encode_ordinary(ending_text)
+        # block_size tokens are read, and one more is predicted. At least one is context, as the
+        # first scored token needs one before it.
+        kept = (context + ending)[-(block_size + 1) :]
+        n = min(len(ending), block_size)
+        tokens = np.array(kept[-n:], dtype=np.int32)
+        endings_by_context.setdefault(tuple(kept[:-n]), []).append(Ending(4 * i + k, tokens))
+        num_scored.append(n)
+    rows = [
+        Row(np.array(kept_context, dtype=np.int32), endings)
+        for kept_context, endings in endings_by_context.items()
+    ]
+    return rows, num_scored if lengths is None else lengths
 
 
-# ---------------------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------- scoring
 
-# A context is read once, its endings after it in the same row, where a mask and positions let each ending see the context
-# and itself: half the tokens of four padded rows. Items sorted by length leave next to no padding, and the projection onto
-# the vocabulary, a third of the work at 124M, runs only where a token of an ending is predicted. A key-value cache or rows
-# packed without padding do the same arithmetic; measured on a CPU they were within 5% of this, which is the simplest.
-
-# Tokens in a batch, and the multiple its rows are padded to: a CPU does as well with small batches, which pad less, a GPU
-# needs large ones of few shapes.
+# Tokens in a batch, and the multiple that its rows are padded to. A CPU does as well with small
+# batches, which need less padding. A GPU needs large ones of few different shapes.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768, "mps": 8192}
 PAD_TO = {"cpu": 1, "cuda": 32, "mps": 32}
-HEAD_ROWS = {"cpu": 512, "cuda": 4096, "mps": 2048}  # logits in memory at once
+HEAD_ROWS = {"cpu": 512, "cuda": 4096, "mps": 2048}  # tokens whose logits are in memory at once
 
 
-def make_batches(rows: list[Row], batch_tokens: int, pad_to: int) -> list[tuple[list[Row], int]]:
-    """Rows of similar length together, each batch with the length T that holds them. Ranks share out whole batches, so
-    that scores are the same at any world size; shuffled, so that ranks carry even loads and the running accuracy is
-    not that of the longest items."""
-    rows, batches = sorted(rows, key=row_length, reverse=True), []
+@dataclass(frozen=True)
+class Batch:
+    rows: list[Row]
+    T: int  # the length that the rows are padded to
+
+
+def make_batches(rows: list[Row], batch_tokens: int, pad_to: int) -> list[Batch]:
+    """All rows in batches of some batch_tokens tokens, the same batches at any number of ranks.
+
+    Rows of similar length are together, so that there is little padding. The batches are then
+    shuffled, so that ranks have equal work and the running accuracy is not that of long items.
+    """
+    rows = sorted(rows, key=len, reverse=True)
+    batches = []
     while rows:
-        T = math.ceil(row_length(rows[0]) / pad_to) * pad_to
+        T = math.ceil(len(rows[0]) / pad_to) * pad_to
         n = max(1, batch_tokens // T)
-        batches.append((rows[:n], T))
+        batches.append(Batch(rows[:n], T))
         rows = rows[n:]
     random.Random(0).shuffle(batches)
     return batches
 
 
 def head_weight(model: GPT, dtype: torch.dtype) -> torch.Tensor:
-    """wte.weight in dtype with rows of zeros up to a multiple of 64: matrix units dislike the odd 50257 (a CPU's too,
-    whose float32 product gains 30%)."""
+    """wte.weight in dtype, with rows of zeros up to a multiple of 64.
+
+    Matrix units are slow at the odd size 50257: a CPU's float32 product gains 30%.
+    """
     weight = model.transformer.wte.weight.detach().to(dtype)
     return F.pad(weight, (0, 0, 0, -len(weight) % 64))
 
 
 def log_probabilities(
-    model: GPT, weight: torch.Tensor, rows: list[Row], T: int
-) -> tuple[list[int], np.ndarray]:
-    """For every token of every ending, the number of its ending and its log-probability: one forward pass over rows
-    padded to T tokens. weight: from head_weight."""
-    idx, positions, branch = (
-        np.zeros((len(rows), T), dtype=np.int64) for _ in range(3)
-    )  # branch 0 is context, k + 1 its ending k
-    numbers, where, targets = (
-        [],
-        [],
-        [],
-    )  # per token: of its ending, the flat position that predicts it, the token
-    for b, (context, endings) in enumerate(rows):
-        n = end = len(context)
-        idx[b, :n], positions[b, :n] = context, np.arange(n)
-        for k, (number, tokens) in enumerate(endings):
-            first, end = end, end + len(tokens) - 1
-            idx[b, first:end], positions[b, first:end], branch[b, first:end] = (
-                tokens[:-1],
-                np.arange(n, n + end - first),
-                k + 1,
-            )
-            numbers += [number] * len(tokens)
-            where += [b * T + n - 1, *range(b * T + first, b * T + end)]
-            targets += tokens
-        branch[b, end:] = -1  # padding, which nothing before it sees
-    idx, positions, branch, where, targets = (
-        torch.as_tensor(x).to(model.device) for x in (idx, positions, branch, where, targets)
-    )
-    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # (B, T, T)
-    mask = same & torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
-    x = model.hidden(idx, positions, mask[:, None]).flatten(0, 1)[where]  # (N, C)
+    model: GPT, weight: torch.Tensor, batch: Batch
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each ending's tokens: their ending's number and their log-probability. One forward pass.
+
+    weight: from `head_weight`.
+
+    A row holds the context once and its endings one after the other, which is half as many tokens
+    as four rows with a context each. This is the row of a context "a b c" with only two endings,
+    "d e f" and "g h". The dot is padding.
+
+        token      a  b  c  d  e  g  .
+        branch     0  0  0  1  1  2 -1      0 is the context, 1 and 2 are the endings
+        position   0  1  2  3  4  3  0      each ending's positions go on from the context's
+        predicts         d  e  f  h         c also predicts g, the other ending's first token
+
+    A token sees the tokens to its left that are in branch 0 or in the same branch. An ending's last
+    token (f, h) is predicted but not read. The projection onto the vocabulary, which
+    is a third of the work at 124M parameters, runs only where a token of an ending is predicted.
+    """
+    B, T = len(batch.rows), batch.T
+    idx = np.zeros((B, T), dtype=np.int64)
+    positions = np.zeros((B, T), dtype=np.int64)
+    branch = np.full((B, T), -1, dtype=np.int64)
+    # For every token that is predicted: its ending, the place in idx.flatten() that predicts it,
+    # and the token.
+    numbers, places, targets = [], [], []
+    for b, row in enumerate(batch.rows):
+        n = len(row.context)
+        idx[b, :n] = row.context
+        positions[b, :n] = np.arange(n)
+        branch[b, :n] = 0
+        first = n
+        for k, ending in enumerate(row.endings, 1):
+            num_read = len(ending.tokens) - 1
+            end = first + num_read
+            idx[b, first:end] = ending.tokens[:-1]
+            positions[b, first:end] = np.arange(n, n + num_read)
+            branch[b, first:end] = k
+            numbers += [ending.number] * len(ending.tokens)
+            places += [b * T + n - 1, *range(b * T + first, b * T + end)]
+            targets.append(ending.tokens)
+            first = end
+    device = model.device
+    idx = torch.as_tensor(idx).to(device)
+    positions = torch.as_tensor(positions).to(device)
+    branch = torch.as_tensor(branch).to(device)
+    places = torch.as_tensor(places).to(device)
+    targets = torch.as_tensor(np.concatenate(targets)).long().to(device)
+
+    query_branch, key_branch = branch[:, :, None], branch[:, None, :]
+    mask = (key_branch == 0) | (key_branch == query_branch)  # (B, T, T)
+    mask &= torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    x = model.hidden(idx, positions, mask[:, None])  # (B, T, C)
+    x = x.flatten(0, 1)[places]  # (N, C)
     log_p = []
-    for x, target in zip(*(y.split(HEAD_ROWS[y.device.type]) for y in (x, targets)), strict=True):
-        logits = F.linear(x.to(weight.dtype), weight)  # (n, V + padding)
+    step = HEAD_ROWS[device.type]
+    for some_x, some_targets in zip(x.split(step), targets.split(step), strict=True):
+        logits = F.linear(some_x.to(weight.dtype), weight)  # (n, V + padding)
         logits[:, model.config.vocab_size :] = -torch.inf
-        log_p.append(-F.cross_entropy(logits.float(), target, reduction="none"))
-    return numbers, torch.cat(log_p).cpu().numpy()
+        log_p.append(-F.cross_entropy(logits.float(), some_targets, reduction="none"))
+    return np.array(numbers), torch.cat(log_p).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Result:
-    """Scores as fractions of 1; `log_p` (items, 4) sums the log-probabilities of each ending, `log_p_norm` is per token
-    (completion) or per character (harness)."""
+    """Accuracies and their standard errors as fractions of 1, and the scores of all endings.
+
+    log_p (items, 4): each ending's sum of log-probabilities. log_p_norm (items, 4): log_p per token
+    (completion) or per character (harness).
+    """
 
     model: str
     style: Style
@@ -343,14 +469,16 @@ class Result:
     log_p_norm: np.ndarray
 
     def summary(self) -> dict:
-        """All but the arrays, for JSON."""
+        """All but the two arrays, for JSON."""
         return {key: value for key, value in vars(self).items() if not key.startswith("log_p")}
 
     def __str__(self) -> str:
+        acc = f"{100 * self.acc:.2f} ± {100 * self.acc_stderr:.2f}"
+        acc_norm = f"{100 * self.acc_norm:.2f} ± {100 * self.acc_norm_stderr:.2f}"
+        speed = f"{self.seconds:.1f} s, {self.items_per_second:.1f} items/s"
         return (
             f"HellaSwag, {self.style} style, {self.items:,} items, {self.model}: "
-            f"acc {100 * self.acc:.2f} ± {100 * self.acc_stderr:.2f}, acc_norm {100 * self.acc_norm:.2f} ± {100 * self.acc_norm_stderr:.2f} "
-            f"({self.seconds:.1f} s, {self.items_per_second:.1f} items/s)"
+            f"acc {acc}, acc_norm {acc_norm} ({speed})"
         )
 
 
@@ -363,92 +491,126 @@ def evaluate(
     name: str = "model",
     progress: bool = False,
     batch_tokens: int | None = None,
+    between_batches: Callable[[], None] | None = None,
 ) -> Result:
-    """Score items with a raw GPT (neither compiled nor wrapped by DDP); every rank gets the whole result.
+    """Score items with a GPT that is neither compiled nor wrapped; all ranks get the whole result.
 
-    rt: where to compute and with how many; default here, alone, in the fastest dtype. name: for the report.
-    progress: a bar on a terminal, a line every tenth elsewhere.
+    rt: the ranks that divide the work, and where and how they compute; None: this process alone,
+    in the fastest dtype. name: the model's name in the report. progress: show a bar on a terminal,
+    or a line after each tenth elsewhere. batch_tokens: tokens in a batch; None: by device.
+    between_batches: called before each batch, equally often on all ranks, so that it may be a
+    collective. What it raises ends the evaluation.
     """
-    rt = rt or Runtime(0, 1, model.device, choose_dtype("auto", model.device))
+    if rt is None:
+        rt = Runtime(0, 1, model.device, choose_dtype("auto", model.device))
     start_time = time.monotonic()
-    rows, lengths = zip(
-        *(
-            to_rows(i, item, style, encoding, model.config.block_size)
-            for i, item in enumerate(items)
-        ),
-        strict=True,
-    )
-    lengths = np.array(lengths)  # (items, 4)
+    rows, lengths = tokenize(tuple(items), style, encoding, model.config.block_size)
     labels = np.array([item.label for item in items])
     kind = model.device.type
-    batches = make_batches(
-        [row for some in rows for row in some], batch_tokens or BATCH_TOKENS[kind], PAD_TO[kind]
-    )[rt.rank :: rt.world_size]
+    batches = make_batches(rows, batch_tokens or BATCH_TOKENS[kind], PAD_TO[kind])
 
-    log_p = np.zeros(4 * len(items))
-    training = model.training
+    log_p = np.zeros(4 * len(items))  # 0 for the endings that other ranks score
+    was_training = model.training
     model.eval()
-    show_bar = progress and rt.is_main and sys.stderr.isatty()
-    with (
-        torch.inference_mode(),
-        rt.autocast(),
-        tqdm(total=len(batches), unit="batch", desc="HellaSwag", disable=not show_bar) as bar,
-    ):
-        weight = head_weight(model, rt.dtype)
-        for n, (batch, T) in enumerate(batches, 1):
-            log_p += np.bincount(*log_probabilities(model, weight, batch, T), minlength=len(log_p))
-            bar.update()
-            if progress:
-                scores = log_p.reshape(-1, 4) / lengths
-                done = scores.all(1)  # no ending is certain
-                so_far = f"{done.sum():,} items" + (
-                    f", acc_norm {100 * (scores.argmax(1) == labels)[done].mean():.2f}"
-                    if done.any()
-                    else ""
-                )
-                bar.set_postfix_str(so_far)
-                if not show_bar and n % math.ceil(len(batches) / 10) == 0:
-                    rt.say(so_far)
-    model.train(training)
-    log_p = (
-        rt.sum(torch.from_numpy(log_p.reshape(-1, 4)).float().to(rt.device)).cpu().numpy()
-    )  # each ending is scored by one rank, the others add 0
+    report = Progress(rt, math.ceil(len(batches) / rt.world_size), progress)
+    try:
+        with torch.inference_mode(), rt.autocast(), masked_attention(model.device), report:
+            weight = head_weight(model, rt.dtype)
+            # In each round every rank scores one batch; in the last one some have none left.
+            for first in range(0, len(batches), rt.world_size):
+                if between_batches is not None:
+                    between_batches()
+                if first + rt.rank < len(batches):
+                    batch = batches[first + rt.rank]
+                    numbers, token_log_p = log_probabilities(model, weight, batch)
+                    log_p += np.bincount(numbers, token_log_p, minlength=len(log_p))
+                report.update(log_p.reshape(-1, 4) / lengths, labels)
+    finally:
+        model.train(was_training)
+
+    log_p = rt.sum(torch.from_numpy(log_p.reshape(-1, 4)).float().to(rt.device)).cpu().numpy()
     log_p_norm = log_p / lengths
-    acc, acc_norm = (float((scores.argmax(1) == labels).mean()) for scores in (log_p, log_p_norm))
+    acc, acc_stderr = accuracy(log_p, labels)
+    acc_norm, acc_norm_stderr = accuracy(log_p_norm, labels)
     seconds = time.monotonic() - start_time
-    stderr = [math.sqrt(p * (1 - p) / max(1, len(items) - 1)) for p in (acc, acc_norm)]
     return Result(
-        name,
-        style,
-        acc,
-        acc_norm,
-        *stderr,
-        len(items),
-        seconds,
-        len(items) / seconds,
-        log_p,
-        log_p_norm,
+        model=name,
+        style=style,
+        acc=acc,
+        acc_norm=acc_norm,
+        acc_stderr=acc_stderr,
+        acc_norm_stderr=acc_norm_stderr,
+        items=len(items),
+        seconds=seconds,
+        items_per_second=len(items) / seconds,
+        log_p=log_p,
+        log_p_norm=log_p_norm,
     )
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+def accuracy(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """The fraction of items whose highest score (items, 4) is that of the label; its std. error."""
+    p = float((scores.argmax(1) == labels).mean())
+    return p, math.sqrt(p * (1 - p) / max(1, len(labels) - 1))
+
+
+class Progress:
+    """What an evaluation shows while it runs: a bar on a terminal, else a line after each tenth."""
+
+    def __init__(self, rt: Runtime, rounds: int, enabled: bool):
+        self.rt = rt
+        self.rounds = rounds
+        self.enabled = enabled and rt.is_main
+        show_bar = self.enabled and sys.stderr.isatty()
+        self.bar = tqdm(total=rounds, unit="batch", desc="HellaSwag", disable=not show_bar)
+        self.num_done = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.bar.close()
+
+    def update(self, scores: np.ndarray, labels: np.ndarray) -> None:
+        """One more round is done; scores (items, 4), 0 where there is none yet."""
+        self.num_done += 1
+        if not self.enabled:
+            return
+        is_scored = scores.all(1)  # a log-probability is 0 only where it has not been computed
+        text = f"{is_scored.sum():,} items"
+        if is_scored.any():
+            acc_norm, _ = accuracy(scores[is_scored], labels[is_scored])
+            text += f", acc_norm {100 * acc_norm:.2f}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and self.num_done % math.ceil(self.rounds / 10) == 0:
+            self.rt.say(text)
+
+
+# ---------------------------------------------------------------------------- command line
+
+newest_run = tyro.conf.arg(help_behavior_hint="(default: the newest run under runs/)")
+official_file = tyro.conf.arg(
+    metavar="FILE", help_behavior_hint="(default: the official validation set, downloaded once)"
+)
+all_items = tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all)")
+optional_file = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: no file)")
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str | None = (
-        None  # hub name (gpt2), Hugging Face directory, step or run directory; default: the newest run
-    )
-    style: Style = "completion"  # convention: completion (build-nanogpt, llm.c) or harness (lm-evaluation-harness)
-    data: Path | None = (
-        None  # items as JSON lines with ctx, endings and label (harness: and activity_label, ctx_a, ctx_b); default: the official validation set, fetched if it is not there
-    )
-    limit: int | None = None  # score only the first so many items
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
-    show: int = 0  # print so many items with their endings' scores
-    json: Path | None = None  # write the result to this file
-    download: bool = False  # fetch the official validation set and stop
+    # The model: a name on the hub (gpt2), a Hugging Face directory, a run or one of its steps.
+    model: Annotated[str, newest_run] = ""
+    style: Style = "completion"  # The convention of scoring, see above.
+    # The items: JSON lines with ctx, endings, label; for harness also activity_label, ctx_a, ctx_b.
+    data: Annotated[Path | None, official_file] = None
+    limit: Annotated[int | None, all_items] = None  # Score only so many items, from the first on.
+    device: str = "auto"  # Compute on cuda, mps or cpu; auto takes the first that is there.
+    # The precision of matrix products; auto takes bfloat16 where the hardware multiplies it.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    show: int = 0  # Print so many items, with the scores of their endings.
+    json: Annotated[Path | None, optional_file] = None  # Write the result to this file.
+    download: bool = False  # Download the official validation set and stop.
 
     def __post_init__(self):
         if self.limit is not None and self.limit < 1:
@@ -466,16 +628,14 @@ class Config:
 
 
 def describe(item: Item, result: Result, i: int) -> str:
-    """Item number i as the model saw it, with its endings' scores."""
+    """Item number i as the model saw it, with the scores of its endings."""
     context, endings, _ = render(item, result.style)
+    chosen = result.log_p_norm[i].argmax()
     lines = [f"\n{context}"]
     for k, ending in enumerate(endings):
-        marks = (">" if k == result.log_p_norm[i].argmax() else " ") + (
-            "*" if k == item.label else " "
-        )
-        lines.append(
-            f"  {marks} sum {result.log_p[i, k]:9.3f}  norm {result.log_p_norm[i, k]:8.4f} {ending}"
-        )
+        marks = (">" if k == chosen else " ") + ("*" if k == item.label else " ")
+        scores = f"sum {result.log_p[i, k]:9.3f}  norm {result.log_p_norm[i, k]:8.4f}"
+        lines.append(f"  {marks} {scores} {ending}")
     return "\n".join(lines)
 
 
@@ -485,28 +645,30 @@ def main() -> None:
         try:
             load_items()
         except UserError:
-            fetch()
+            download()
         print(f"{DATA}: the official {ROWS:,} items")
         return
     rt = start(config.device, config.dtype)
-    model, encoding, picked = load_model(config.model, warn=rt.say)
+    model, encoding, picked = load_model(config.model or None, warn=rt.say)
     rt.say(f"model {picked} on {rt.device}, {str(rt.dtype).removeprefix('torch.')}")
-    if rt.is_main and config.data is None and not DATA.is_file():
-        rt.say(f"fetching {URL}")
-        fetch()
-    items = rt.broadcast(load_items(config.data)[: config.limit] if rt.is_main else None)
+    items = None
+    if rt.is_main:
+        if config.data is None and not DATA.is_file():
+            rt.say(f"downloading {URL}")
+            download()
+        items = load_items(config.data)[: config.limit]
+    items = rt.broadcast(items)
     result = evaluate(
         model.to(rt.device), encoding, items, config.style, rt, name=picked, progress=True
     )
     if config.show:
-        rt.say(
-            *(describe(item, result, i) for i, item in enumerate(items[: config.show])),
-            "\n> chosen by acc_norm, * right",
-        )
+        for i, item in enumerate(items[: config.show]):
+            rt.say(describe(item, result, i))
+        rt.say("\n> chosen by acc_norm, * right")
     rt.say(str(result))
-    if config.json and rt.is_main:
+    if config.json is not None and rt.is_main:
         config.json.write_text(json.dumps(result.summary(), indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, out_of_memory="use a smaller model, or another --device")

@@ -1,85 +1,49 @@
-"""Text from a GPT-2: sampling, cached decoding, and the command line.
+"""Text from a GPT-2: drawing tokens, decoding with a cache, and the command line.
 
     python sample.py                                   the newest run under runs/
     python sample.py --model gpt2 --prompt "Hello, I'm a language model,"
 
-The text goes to standard output, as it is generated when one sample is asked for; what is not text goes to standard
-error. Shapes: B samples, T tokens of the prompt, V vocabulary.
+The text goes to standard output; one sample appears token by token. Everything else goes to
+standard error.
 
-Learned positions cannot slide, so one rule holds for whatever exceeds the context, prompts included: when more than
-block_size tokens would have to be read, the last block_size // 2 are read afresh and generation goes on from there.
+How a text is generated: the model reads the prompt, a token is drawn from what it predicts, the
+model reads that token, and so on. A cache (model.KVCache) holds the attention keys and values of
+all tokens read so far, so each token is read only once.
+
+When the context is full: GPT-2 has learned block_size positions and no more. After the token at
+the last position, the cache is emptied, the last block_size // 2 tokens of the text are read again
+from position 0, and generation goes on behind them. A prompt of more than block_size tokens starts
+in the same way: only its last block_size // 2 tokens are read.
+
+Shapes: B samples, T tokens, V = vocab_size.
 """
+
+if __name__ == "__main__":  # before the imports, which take seconds, so that Ctrl-C ends them too
+    import cli
+
+    cli.exit_on_signals()
+
 
 import codecs
 import functools
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import tiktoken
 import torch
 import torch.nn as nn
+import tyro
 
-from cli import UserError, parse_flags, run_script
+from cli import UserError, parse_flags, printable, run_script
 from model import GPT, KVCache
 from run_directory import load_model
-from runtime import start
+from runtime import masked_attention, start
 
-# ---------------------------------------------------------------------------------------------------- one step
-
-# New tokens from which the preparation of a faster step is repaid.
-PACK_REPAID = 100  # on a CPU, measured at 124M: 0.4 s, to save 5 ms a token
-COMPILE_REPAID = 10_000  # on CUDA, an estimate: some 30 s, to save a few ms a token. On a CPU compiling saves nothing.
-
-
-def last_logits(model: GPT, unread: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Read the tokens, (B, T), into the cache; logits of what follows, (B, V)."""
-    return model.head(model.hidden(unread, cache=cache)[:, -1])
-
-
-@functools.cache  # torch.compile forgets what it compiled with the function it returned
-def compiled_step():
-    """`last_logits` compiled for one token: on CUDA the hundreds of kernel launches of a step become one graph's."""
-    return torch.compile(last_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose bfloat16 weight lies in the blocks that oneDNN multiplies few rows by.
-
-    The two operators are what torch.compile itself uses for constant weights, without the minute a compiler takes.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
-        super().__init__()
-        self.weight, self.bias = (
-            torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows),
-            bias,
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(model: GPT, rows: int) -> bool:
-    """Change a model in place so that it generates `rows` texts faster, and does nothing else any more: it cannot be
-    trained or saved. Only for bfloat16 on a CPU that multiplies it; returns whether it was done."""
-    weight, has = (
-        model.transformer.wte.weight,
-        torch.cpu.get_capabilities() if model.device.type == "cpu" else {},
-    )
-    if weight.dtype != torch.bfloat16 or not (has.get("avx512_bf16") or has.get("amx_bf16")):
-        return False
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias, rows))
-    model.head = PackedLinear(weight, None, rows).forward
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------- tokens
+# ---------------------------------------------------------------------------- one token
 
 
 def next_token(
@@ -89,46 +53,60 @@ def next_token(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draw one token per row of logits (B, V): int64 (B, 1). Nothing here makes the host wait for a GPU.
+    """Draw one token for each row of logits (B, V); returns int64 (B, 1).
 
-    Temperature first, then the top_k likeliest, then of their renormalised probabilities the nucleus: the smallest set
-    that reaches top_p (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draw only from the top_k likeliest tokens; None: from all.
+    top_p: draw only from the nucleus, the smallest set of likeliest tokens whose probabilities add
+    up to top_p (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"); None: from
+    all. With both, top_k comes first and the probabilities are those among the top_k.
+    generator: the source of randomness, on the logits' device; None: torch's default one.
+
+    No operation here makes the host wait for a GPU.
     """
-    logits, V = logits.float(), logits.size(-1)
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    k = min(top_k or V, V)
-    nucleus = top_p is not None and top_p < 1
-    filtered = k < V or nucleus
-    if filtered:
-        logits, tokens = logits.topk(k)  # both (B, k), largest first
+        return logits.float().argmax(-1, keepdim=True)
+    logits = logits.float()
+    V = logits.size(-1)
+    k = V if top_k is None else min(top_k, V)
+    has_nucleus = top_p is not None and top_p < 1
+    is_sorted = k < V or has_nucleus
+    if is_sorted:
+        logits, tokens = logits.topk(k)  # both (B, k), the likeliest first
     p = torch.softmax(logits / temperature, -1)
-    if nucleus:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
-    # With e_i ~ Exp(1), argmax p_i / e_i is i with probability p_i: torch.multinomial without its checks, which wait.
-    choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(
-        -1, keepdim=True
-    )  # (B, 1)
-    return tokens.gather(-1, choice) if filtered else choice
+    if has_nucleus:
+        p_of_likelier = p.cumsum(-1) - p
+        p = p.masked_fill(p_of_likelier >= top_p, 0.0)
+    # If every e_i is drawn from Exp(1), the argmax of p_i / e_i is i with probability p_i.
+    # torch.multinomial does the same, but first checks p, and that makes the host wait.
+    noise = torch.empty_like(p).exponential_(generator=generator)
+    choice = (p / noise).argmax(-1, keepdim=True)  # (B, 1)
+    if is_sorted:
+        return tokens.gather(-1, choice)  # from a place in the sorted order to a token
+    return choice
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise UserError unless `next_token` can draw with these settings."""
     if not 0 <= temperature < math.inf:
         raise UserError(
-            f"--temperature {temperature}",
-            expected="a number from 0 (greedy) up",
+            f"temperature {temperature}",
+            expected="a number from 0 (the likeliest token) up",
             remedy="0.8 is a good start",
         )
     if top_k is not None and top_k < 1:
         raise UserError(
-            f"--top-k {top_k}", expected="1 or more", remedy="use None to draw from all tokens"
+            f"top_k {top_k}", expected="1 or more", remedy="use None to draw from all tokens"
         )
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(
-            f"--top-p {top_p}",
+            f"top_p {top_p}",
             expected="above 0 and at most 1",
             remedy="use None to draw from all tokens",
         )
+
+
+# ---------------------------------------------------------------------------- many tokens
 
 
 @torch.no_grad()
@@ -144,54 +122,88 @@ def stream(
     vocab_size: int | None = None,
     compiled: bool | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Continue idx, int64 (B, T): yields every row's next token, (B, 1), until max_new_tokens or all rows have stopped.
+    """Continue the prompts idx, int64 (B, T), and yield the new tokens one by one, int64 (B, 1).
 
-    A row that has drawn stop_token yields it ever after. vocab_size: draw only ids below it, for a model that has more
-    rows than its encoding has tokens. compiled: use `compiled_step`; None: where the run repays it. The generator
-    lives on the model's device; the model is in eval mode.
+    The model must be in eval mode. It ends after max_new_tokens, or when all rows have stopped.
+    temperature, top_k, top_p, generator: how a token is drawn, see `next_token`.
+    stop_token: a row that has drawn it has stopped, and yields it from then on; None: never.
+    vocab_size: draw only ids below it, for a model with more rows than its encoding has tokens.
+    compiled: compile the reading of one token; None: when so many are wanted that it pays.
+    Raises UserError for settings that `check_sampling` refuses.
     """
     check_sampling(temperature, top_k, top_p)
-    B, T = idx.shape
-    block_size, kind = model.config.block_size, idx.device.type
-    dtype = (
-        torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind)
-        else model.transformer.wte.weight.dtype
-    )
-    if kind == "cpu":
-        dtype = torch.float32  # attention of a single query takes half as long as in bfloat16
-    cache = KVCache(model.config, B, min(block_size, T + max_new_tokens), idx.device, dtype)
+    block_size = model.config.block_size
+    on_cpu = idx.device.type == "cpu"
     if compiled is None:
-        compiled = kind == "cuda" and max_new_tokens >= COMPILE_REPAID
-    if compiled:
-        for tensor in (
-            *cache.k,
-            *cache.v,
-            cache.position,
-        ):  # so that a CUDA graph writes to them in place
-            torch._dynamo.mark_static_address(tensor)
-    reread = max(1, block_size // 2)
-    tokens, unread, used = [idx], idx if T <= block_size else idx[:, -reread:], 0
-    stopped = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        compiled = idx.device.type == "cuda" and max_new_tokens >= COMPILE_REPAID
+    cache = new_cache(model, len(idx), idx.size(1) + max_new_tokens, compiled)
+    num_reread = max(1, block_size // 2)  # tokens that are read again when the context is full
+
+    text = [idx]  # all tokens so far, in pieces of shape (B, …)
+    unread = idx  # the tokens that the model reads next
+    if idx.size(1) > block_size:
+        unread = idx[:, -num_reread:]
+    # The number of tokens in the cache, once `unread` is read. The cache counts too, but on the
+    # device, and to ask it would make the host wait.
+    num_cached = unread.size(1)
+    stopped = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
     for n in range(max_new_tokens):
-        used += unread.size(1)
-        if kind == "cpu" and not compiled:
-            cache.seen = used
-        step = compiled_step() if compiled and unread.size(1) == 1 else last_logits
-        unread = next_token(
-            step(model, unread, cache)[:, :vocab_size], temperature, top_k, top_p, generator
-        )  # (B, 1)
+        # 1) Read: afterwards the cache holds num_cached tokens, and nothing is unread.
+        if on_cpu and not compiled:
+            cache.seen = num_cached  # attention looks at the filled part of the cache alone
+        read = compiled_read() if compiled and unread.size(1) == 1 else last_logits
+        with masked_attention(idx.device):
+            logits = read(model, unread, cache)[:, :vocab_size]  # (B, V)
+
+        # 2) Draw.
+        token = next_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
         if stop_token is not None:
-            unread = unread.masked_fill(stopped, stop_token)
-            stopped |= unread == stop_token
-        yield unread
-        tokens.append(unread)
-        # Looking makes the host wait for the device: worth it at every token only where there is nothing to wait for.
-        if stop_token is not None and (kind == "cpu" or n % 16 == 0) and stopped.all():
+            token = token.masked_fill(stopped, stop_token)
+            stopped |= token == stop_token
+        yield token
+        text.append(token)
+
+        # 3) Stop when all rows have stopped. To look makes the host wait for a GPU: now and then.
+        may_look = on_cpu or n % 16 == 0
+        if stop_token is not None and may_look and stopped.all():
             return
-        if used == block_size:
-            unread, used = torch.cat(tokens, 1)[:, -reread:], 0
+
+        # 4) Choose what is read next: the new token, or, when the context is full, the end of the
+        # text from position 0 on.
+        if num_cached < block_size:
+            unread = token
+            num_cached += 1
+        else:
+            unread = torch.cat(text, 1)[:, -num_reread:]
+            num_cached = num_reread
             cache.position.zero_()
+
+
+def last_logits(model: GPT, unread: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Read tokens, int64 (B, T), into the cache; returns logits (B, V) of the token after them."""
+    x = model.hidden(unread, cache=cache)  # (B, T, C)
+    return model.head(x[:, -1])
+
+
+def new_cache(model: GPT, batch_size: int, num_tokens: int, compiled: bool) -> KVCache:
+    """An empty cache for texts of num_tokens tokens, or for a full context if that is less."""
+    device = model.device
+    if device.type == "cpu":
+        dtype = torch.float32  # attention of one query takes half as long as in bfloat16
+    elif torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        dtype = model.transformer.wte.weight.dtype
+    length = model.config.block_size
+    if not compiled:
+        length = min(length, num_tokens)
+    cache = KVCache(model.config, batch_size, length, device, dtype)
+    if compiled:
+        # The compiled code is made for one length, hence always the whole context. And a CUDA graph
+        # writes to the addresses it was recorded with.
+        for tensor in [*cache.k, *cache.v, cache.position]:
+            torch._dynamo.mark_static_address(tensor)
+    return cache
 
 
 def generate(
@@ -206,12 +218,18 @@ def generate(
     vocab_size: int | None = None,
     compiled: bool | None = None,
 ) -> torch.Tensor:
-    """Continue idx, int64 (B, T), by max_new_tokens: int64 (B, T + max_new_tokens), prompt included.
+    """Continue each prompt of idx, int64 (B, T), by max_new_tokens tokens.
 
-    temperature 0 is greedy. Rows that have stopped are filled with stop_token. See `stream` for the other arguments;
-    a model in training mode is put in eval mode meanwhile.
+    Returns prompts and new tokens, int64 (B, T + max_new_tokens).
+
+    A model in training mode is put in eval mode meanwhile.
+    temperature, top_k, top_p, generator: how a token is drawn, see `next_token`.
+    stop_token: a row that has drawn it is filled up with it; None: never.
+    vocab_size: draw only ids below it, for a model with more rows than its encoding has tokens.
+    compiled: compile the reading of one token; None: when so many are wanted that it pays.
+    Raises UserError for settings that `check_sampling` refuses.
     """
-    training = model.training
+    was_training = model.training
     model.eval()
     try:
         tokens = list(
@@ -219,34 +237,52 @@ def generate(
                 model,
                 idx,
                 max_new_tokens,
-                temperature,
-                top_k,
-                top_p,
-                stop_token,
-                generator,
-                vocab_size,
-                compiled,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop_token=stop_token,
+                generator=generator,
+                vocab_size=vocab_size,
+                compiled=compiled,
             )
         )
     finally:
-        model.train(training)
-    missing = max_new_tokens - len(tokens)
-    return torch.cat([idx, *tokens, idx.new_full((len(idx), missing), stop_token or 0)], 1)
+        model.train(was_training)
+    num_missing = max_new_tokens - len(tokens)  # not 0 where all rows have stopped
+    filling = idx.new_full((len(idx), num_missing), stop_token or 0)
+    return torch.cat([idx, *tokens, filling], 1)
 
 
-# ---------------------------------------------------------------------------------------------------- text
+# ---------------------------------------------------------------------------- text
+
+# tiktoken's regular expression overflows its stack somewhere above 500,000 spaces in a row.
+LONGEST_SPACE = 100_000
 
 
-def encode_prompt(model: GPT, encoding: tiktoken.Encoding, prompt: str, num: int) -> torch.Tensor:
-    """The prompt's tokens on the model's device, int64 (num, T). An empty prompt is <|endoftext|>: a new document."""
+def encode_prompt(
+    model: GPT, encoding: tiktoken.Encoding, prompt: str, batch_size: int
+) -> torch.Tensor:
+    """The prompt's tokens on the model's device, once for each sample: int64 (batch_size, T).
+
+    An empty prompt is <|endoftext|>, the beginning of a new document. The words "<|endoftext|>" in
+    a prompt are text. Lone surrogates, which is how Python passes bytes that are not UTF-8, become
+    replacement characters.
+    """
+    longest_space = max(map(len, re.findall(r"\s+", prompt)), default=0)
+    if longest_space > LONGEST_SPACE:
+        raise UserError(
+            f"the prompt has {longest_space:,} spaces in a row",
+            expected=f"at most {LONGEST_SPACE:,}",
+            remedy="shorten the prompt",
+        )
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     if max(ids) >= model.config.vocab_size:
         raise UserError(
-            f"--prompt has token {max(ids)}",
+            f"the prompt has token {max(ids)}",
             expected=f"tokens below the model's vocab_size {model.config.vocab_size}",
             remedy=f"use a model that was trained with the {encoding.name} encoding",
         )
-    return torch.tensor(ids, device=model.device).repeat(num, 1)
+    return torch.tensor(ids, device=model.device).repeat(batch_size, 1)
 
 
 def sample_text(
@@ -260,23 +296,28 @@ def sample_text(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """`num` texts that begin with the prompt and end before <|endoftext|>, generated as one batch."""
+    """`num` texts that begin with the prompt and end before <|endoftext|>, generated as one batch.
+
+    temperature, top_k, top_p, generator: how a token is drawn, see `next_token`.
+    """
     idx = encode_prompt(model, encoding, prompt, num)
     rows = generate(
         model,
         idx,
         max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        encoding.eot_token,
-        generator,
-        encoding.n_vocab,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_token=encoding.eot_token,
+        generator=generator,
+        vocab_size=encoding.n_vocab,
     )
     texts = []
-    for row in rows[:, idx.size(1) :].tolist():
-        end = row.index(encoding.eot_token) if encoding.eot_token in row else len(row)
-        texts.append(prompt + encoding.decode_bytes(row[:end]).decode("utf-8", "replace"))
+    for new_tokens in rows[:, idx.size(1) :].tolist():
+        if encoding.eot_token in new_tokens:
+            new_tokens = new_tokens[: new_tokens.index(encoding.eot_token)]
+        continuation = encoding.decode_bytes(new_tokens).decode("utf-8", "replace")
+        texts.append(prompt + continuation)
     return texts
 
 
@@ -290,55 +331,112 @@ def stream_text(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """The text of `sample_text` with num=1, piece by piece: whole characters, however tokens cut them."""
-    yield prompt
+    """Yield the prompt, then its continuation up to <|endoftext|>, piece by piece.
+
+    A character whose bytes are spread over several tokens comes with the last of them. The pieces
+    together are the text that `sample_text` gives for num=1. The model must be in eval mode.
+    temperature, top_k, top_p, generator: how a token is drawn, see `next_token`.
+    """
     idx = encode_prompt(model, encoding, prompt, 1)
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in stream(
+    yield prompt
+    tokens = stream(
         model,
         idx,
         max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        encoding.eot_token,
-        generator,
-        encoding.n_vocab,
-    ):
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_token=encoding.eot_token,
+        generator=generator,
+        vocab_size=encoding.n_vocab,
+    )
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
         if token.item() == encoding.eot_token:
             break
         yield utf8.decode(encoding.decode_single_token_bytes(token.item()))
     yield utf8.decode(b"", final=True)
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------- faster reading
+
+# From how many new tokens on a preparation is worth its time. On a CPU compiling saves nothing.
+PACK_REPAID = 100  # CPU, measured at 124M parameters: 0.4 s once, 5 ms saved a token
+COMPILE_REPAID = 10_000  # CUDA, an estimate: some 30 s once, a few ms saved a token
+
+
+@functools.cache  # compiled code lives as long as the function that torch.compile returned
+def compiled_read():
+    """`last_logits`, compiled for one token: on CUDA one graph in place of hundreds of kernels."""
+    return torch.compile(last_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a bfloat16 weight in the layout that oneDNN multiplies few rows by.
+
+    torch.compile uses these two operators for constant weights. Here they come without the minute
+    that a compiler takes.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(model: GPT, rows: int) -> bool:
+    """Make a model generate `rows` texts faster, in place; returns whether that was possible.
+
+    It is possible for bfloat16 weights on a CPU with bfloat16 products. A packed model can neither
+    be trained nor saved.
+    """
+    weight = model.transformer.wte.weight
+    if model.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return False
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias, rows))
+    model.head = PackedLinear(weight, None, rows).forward
+    return True
+
+
+# ---------------------------------------------------------------------------- command line
+
+newest_run = tyro.conf.arg(help_behavior_hint="(default: the newest run under runs/)")
+optional_int = tyro.conf.arg(metavar="INT")
+all_tokens = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: all tokens)")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    model: str | None = (
-        None  # hub name, Hugging Face directory, step directory or run directory; None: the newest run
-    )
-    prompt: str = ""  # how the text begins; empty: a new document
-    num_samples: int = 1  # texts, generated as one batch
-    max_new_tokens: int = 200  # at most; a text ends earlier where the model writes <|endoftext|>
-    temperature: float = 0.8  # below 1 sharpens the distribution; 0 takes the likeliest token
-    top_k: int | None = 50  # draw from the k likeliest tokens; None: from all
-    top_p: float | None = (
-        None  # draw from the likeliest tokens that together reach this probability; None: from all
-    )
-    seed: int = 0  # the same seed gives the same text on the same machine
-    device: str = "auto"  # cuda, mps, cpu; auto takes the first that is there
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of the weights; auto is bfloat16 where the hardware has it
-    )
+    # The model: a name on the hub (gpt2), a Hugging Face directory, a run or one of its steps.
+    model: Annotated[str, newest_run] = ""
+    prompt: str = ""  # How the text begins. An empty prompt begins a new document.
+    num_samples: int = 1  # How many texts to generate, as one batch.
+    max_new_tokens: int = 200  # The most tokens to generate. A text can end earlier by itself.
+    temperature: float = 0.8  # Below 1 favours likely tokens; 0 always takes the likeliest.
+    # Draw from this many of the likeliest tokens; None: from all.
+    top_k: Annotated[int | None, optional_int] = 50
+    # Draw from the fewest likeliest tokens that together reach this probability; None: from all.
+    top_p: Annotated[float | None, all_tokens] = None
+    seed: int = 0  # The same seed gives the same text on the same machine.
+    device: str = "auto"  # Compute on cuda, mps or cpu; auto takes the first that is there.
+    # The precision of the weights; auto takes bfloat16 where the hardware multiplies it.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p)
-        for flag, value in (
+        for flag, value in [
             ("--num-samples", self.num_samples),
             ("--max-new-tokens", self.max_new_tokens),
-        ):
+        ]:
             if value < 1:
                 raise UserError(
                     f"{flag} {value}", expected="1 or more", remedy="give a positive number"
@@ -348,38 +446,30 @@ class SampleConfig:
 def main() -> None:
     config = parse_flags(SampleConfig, SampleConfig(), "Generate text from a GPT-2.")
     rt = start(config.device, config.dtype)
-    model, encoding, picked = load_model(config.model)
-    print(f"model {picked}, seed {config.seed}", file=sys.stderr)
+    model, encoding, picked = load_model(config.model or None)
+    print(printable(f"model {picked}, seed {config.seed}", sys.stderr), file=sys.stderr)
     model.to(rt.device, rt.dtype)
     if config.max_new_tokens >= PACK_REPAID:
         pack_linears(model, config.num_samples)
-    sys.stdout.reconfigure(
-        errors="replace"
-    )  # a terminal that is not UTF-8 shows ? where it lacks a character
-    sampling = dict(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        generator=torch.Generator(rt.device).manual_seed(config.seed),
-    )
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
+    sampling = {
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "generator": torch.Generator(rt.device).manual_seed(config.seed),
+    }
     if config.num_samples == 1:
         for piece in stream_text(model, encoding, config.prompt, config.max_new_tokens, **sampling):
-            print(piece, end="", flush=True)
+            print(printable(piece, sys.stdout), end="", flush=True)
         print()
-    else:
-        for i, text in enumerate(
-            sample_text(
-                model,
-                encoding,
-                config.prompt,
-                config.num_samples,
-                config.max_new_tokens,
-                **sampling,
-            ),
-            1,
-        ):
-            print(f"--- sample {i}", text, sep="\n")
+        return
+    texts = sample_text(
+        model, encoding, config.prompt, config.num_samples, config.max_new_tokens, **sampling
+    )
+    for number, text in enumerate(texts, 1):
+        print(f"--- sample {number}")
+        print(printable(text, sys.stdout))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, out_of_memory="lower --num-samples")

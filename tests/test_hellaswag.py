@@ -1,9 +1,11 @@
-"""HellaSwag: parity with lm-evaluation-harness and with a plain scorer, the same numbers however it runs, and the faults."""
+"""HellaSwag: parity with lm-evaluation-harness and a plain scorer, ranks, batches, and faults."""
 
+import contextlib
 import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,16 +18,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED
+from tools import ROOT, SHARED
 
 import hellaswag
-from hellaswag import Item, UserError, evaluate, fetch, load_items
+from cli import UserError
+from hellaswag import Item, download, evaluate, load_items
 from model import GPT, GPTConfig, NextTokenLoss
 from runtime import Runtime
 from tokens import get_encoding
 
 CPU = Runtime(0, 1, torch.device("cpu"), torch.float32)
-WORDS = "the a man woman dog quickly runs jumps over under water roof it's 12 Élan, naïve and then slowly paints wall. She [header] he".split()
+TEXT = (
+    "the a man woman dog quickly runs jumps over under water roof it's 12 Élan, naïve and then "
+    "slowly paints wall. She [header] he"
+)
+WORDS = TEXT.split()
 
 
 def make_items(n: int, longest: int = 40) -> list[Item]:
@@ -65,18 +72,18 @@ def tiny(vocab_size: int = 257, block_size: int = 1024, dropout: float = 0.0) ->
             dropout=dropout,
         )
     ).eval()
-    for (
-        parameter
-    ) in model.parameters():  # far from uniform predictions, so that parity means something
-        parameter.data.mul_(5) if parameter.dim() == 2 else parameter.data.add_(
-            0.1 * torch.randn_like(parameter)
-        )
+    # Predictions far from uniform, so that parity means something.
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(5)
+        else:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
 @torch.no_grad()
 def plain(model: GPT, encoding, items: list[Item]) -> tuple[np.ndarray, np.ndarray]:
-    """Completion style, one ending at a time, every logit: sums and means per token, (items, 4) each."""
+    """Completion style, one ending at a time: sums and means of log-probabilities, (items, 4)."""
     sums, means = [], []
     for item in items:
         context = encoding.encode_ordinary(item.ctx)
@@ -91,7 +98,7 @@ def plain(model: GPT, encoding, items: list[Item]) -> tuple[np.ndarray, np.ndarr
     return np.array(sums).reshape(-1, 4), np.array(means).reshape(-1, 4)
 
 
-# ---------------------------------------------------------------------------------------------------- parity
+# ---------------------------------------------------------------------------- parity
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,8 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, gpt2_vocabulary, block
     model, items = tiny(vocab_size=50257, block_size=block_size), make_items(24)
     file = write(items, tmp_path / "items.jsonl")
     model.save_pretrained(tmp_path / "model", bos_token_id=50256, eos_token_id=50256)
-    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken names its cached files by the address
+    # tiktoken names its cached files by the address.
+    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     for theirs, ours in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
         shutil.copy(
             Path(os.environ["TIKTOKEN_CACHE_DIR"])
@@ -178,7 +186,7 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, gpt2_vocabulary, block
     assert result.acc_norm == theirs["results"]["hellaswag"]["acc_norm,none"]
 
 
-# ---------------------------------------------------------------------------------------------------- the same however it runs
+# ---------------------------------------------------------------------------- ranks and batches
 
 
 def test_batch_size_changes_no_score():
@@ -240,7 +248,10 @@ def test_ranks_share_the_items_and_agree(tmp_path, world_size):
 
 
 def test_evaluation_leaves_compiled_training_alone():
-    """Inside training: a compiled loss, dropout on, bfloat16. Scores are those of the eval-mode model; gradients before and after agree."""
+    """Inside training: a compiled loss, dropout on, bfloat16.
+
+    The scores are those of the model in eval mode. The gradients before and after are the same.
+    """
     model, items = tiny(dropout=0.5), make_items(6)
     expected = evaluate(model.eval(), get_encoding("bytes"), items, rt=CPU).log_p
     model.train()
@@ -264,7 +275,55 @@ def test_evaluation_leaves_compiled_training_alone():
     assert 0 < abs(bf16 / expected - 1).max() < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------- faults
+def scoring_calls(monkeypatch, rank: int, world_size: int) -> list[str]:
+    """What rank `rank` does in an evaluation: its calls of between_batches and its batches."""
+    calls = []
+    score = hellaswag.log_probabilities
+
+    def log_probabilities(*args):
+        calls.append("batch")
+        return score(*args)
+
+    monkeypatch.setattr(hellaswag, "log_probabilities", log_probabilities)
+    rt = replace(CPU, rank=rank, world_size=world_size)
+    monkeypatch.setattr(Runtime, "sum", lambda self, values: values)
+    evaluate(
+        tiny(),
+        get_encoding("bytes"),
+        make_items(7),
+        rt=rt,
+        batch_tokens=1,  # 7 batches
+        between_batches=lambda: calls.append("between"),
+    )
+    monkeypatch.undo()
+    return calls
+
+
+def test_all_ranks_call_between_batches_equally_often_and_first(monkeypatch):
+    round_ = ["between", "batch"]
+    assert scoring_calls(monkeypatch, 0, 3) == 3 * round_
+    assert scoring_calls(monkeypatch, 1, 3) == 2 * round_ + ["between"]
+    assert scoring_calls(monkeypatch, 2, 3) == 2 * round_ + ["between"]
+
+
+def test_an_evaluation_that_is_stopped_leaves_the_model_in_training():
+    def stop():
+        raise KeyboardInterrupt
+
+    model = tiny().train()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, get_encoding("bytes"), make_items(2), rt=CPU, between_batches=stop)
+    assert model.training
+
+
+def test_items_are_tokenised_once(monkeypatch):
+    model, encoding, items = tiny(), get_encoding("bytes"), make_items(5)
+    first = evaluate(model, encoding, items, rt=CPU).log_p
+    monkeypatch.setattr(hellaswag, "tokenize_item", None)  # a second call of it would fail
+    assert np.array_equal(evaluate(model, encoding, list(items), rt=CPU).log_p, first)
+
+
+# ---------------------------------------------------------------------------- faults
 
 GOOD = {"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1}
 
@@ -279,12 +338,20 @@ GOOD = {"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1}
         {**GOOD, "endings": ["a", "b", "c"]},
         {**GOOD, "endings": ["a", "b", " ", "d"]},
         {**GOOD, "endings": "abcd"},
+        {**GOOD, "label": 1.0},
+        {**GOOD, "label": "1 "},
+        {**GOOD, "label": None},
+        {**GOOD, "label": [1]},
+        {**GOOD, "ctx": ["A man"]},
+        {**GOOD, "ctx": "a" + " " * 999_999 + "b"},
+        "[" * 200_000,
+        '{"ctx": ' * 50_000,
         {**GOOD, "ctx": ""},
         {**GOOD, "ctx_b": 3},
         '{"ctx": "\\ud800", "endings": ["a", "b", "c", "d"], "label": 1}',
         b"\xff",
     ],
-    ids=str,
+    ids=lambda bad: str(bad)[:60],
 )
 def test_bad_line_is_named(tmp_path, bad):
     line = (
@@ -301,6 +368,39 @@ def test_an_ending_that_the_clean_up_empties_never_wins():
     item = Item("A man", ("[title]", "runs fast", "sits down", "[step] "), 0, "Sport", "A man", "")
     result = evaluate(tiny(), get_encoding("bytes"), [item], "harness", CPU)
     assert np.isfinite(result.log_p).all() and result.log_p_norm.argmax() in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 400_000, "]" * 400_000, "[a]b" * 100_000, "[" * 200_000 + "]" * 200_000]
+)
+def test_many_brackets_do_not_hang_the_clean_up(text):
+    item = Item(text, ("a", "b", "c", "d"), 0, "Sport", text, text)
+    context, _, _ = hellaswag.render(item, "harness")  # hours, if each "[" looked for its "]"
+    assert len(context) <= 2 * len(text) + len("Sport:  ")
+
+
+def test_brackets_are_removed_within_lines_like_the_harness():
+    text = "a [b\nc] d [e] [f [g] h\n] [i"
+    assert hellaswag._clean(text) == re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device", "missing"])
+def test_items_are_read_from_regular_files_only(tmp_path, kind):
+    file = tmp_path / "items.jsonl"
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "directory":
+        file.mkdir()
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    words = "no such file" if kind == "missing" else "not a regular file"
+    with pytest.raises(UserError, match=f"items.jsonl: {words}"):
+        load_items(file)
+
+
+def test_labels_may_be_strings(tmp_path):
+    (tmp_path / "items.jsonl").write_text(json.dumps({**GOOD, "label": "2"}) + "\n")
+    assert load_items(tmp_path / "items.jsonl")[0].label == 2
 
 
 def test_command_line_faults_exit_2(tmp_path):
@@ -336,12 +436,21 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     body = json.dumps(GOOD).encode() * 50000
     asked = 0
+    sent = 0
 
     def do_GET(self):
         Server.asked += 1
         kind = self.path.strip("/")
         if kind == "moody" and Server.asked == 1:
             kind = "503"
+        if kind == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client hangs up
+                for _ in range(1000):
+                    self.wfile.write(self.body)
+                    Server.sent += len(self.body)
+            return
         body = b"<html>not found</html>" if kind in ("404", "html", "503") else self.body
         self.send_response(int(kind) if kind.isdigit() else 200)
         self.send_header("Content-Length", str(len(body)))
@@ -364,7 +473,7 @@ def server(monkeypatch):
     monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield lambda file, kind: fetch(
+        yield lambda file, kind: download(
             file,
             f"http://127.0.0.1:{server.server_port}/{kind}",
             len(Server.body),
@@ -382,6 +491,25 @@ def test_bad_download_leaves_nothing(tmp_path, server, kind, attempts):
     assert list(tmp_path.iterdir()) == [] and Server.asked == attempts
 
 
+def test_an_endless_download_stops_at_the_known_size(tmp_path, server):
+    with pytest.raises(UserError, match="more than 3,"):
+        server(tmp_path / "val.jsonl", "endless")
+    assert list(tmp_path.iterdir()) == []
+    assert Server.sent < 20 * len(Server.body)
+
+
+def test_a_download_never_writes_through_a_link(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(hellaswag.secrets, "token_hex", lambda n: "planted")
+    canary = tmp_path / "canary"
+    canary.write_text("safe")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "val.jsonl.planted.tmp").symlink_to(canary)
+    with pytest.raises(FileExistsError):
+        server(folder / "val.jsonl", "good")
+    assert canary.read_text() == "safe"
+
+
 def test_download_survives_a_moody_server_and_company(tmp_path, server):
     file = tmp_path / "data" / "val.jsonl"
     with ThreadPoolExecutor() as pool:
@@ -396,9 +524,9 @@ def test_download_survives_a_moody_server_and_company(tmp_path, server):
 def test_training_goes_on_without_data_and_network(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        hellaswag.fetch,
+        hellaswag.download,
         "__defaults__",
-        (hellaswag.DATA, "http://127.0.0.1:9/", *hellaswag.fetch.__defaults__[2:]),
+        (hellaswag.DATA, "http://127.0.0.1:9/", *hellaswag.download.__defaults__[2:]),
     )
     assert hellaswag.find_items(CPU) is None
     assert capsys.readouterr().out.count("\n") == 1

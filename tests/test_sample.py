@@ -1,16 +1,18 @@
-"""Sampling: cached decoding against uncached and against transformers, distributions, stopping, text, command line."""
+"""Sampling: decoding with and without cache, distributions, stopping, text, the command line."""
 
 import copy
+import io
 import itertools
+import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from tools import command, run_python, save_tiny_model, sharpen
 
+import cli
 import sample
-from cli import UserError
+from cli import UserError, printable
 from model import GPT, GPTConfig
 from sample import (
     SampleConfig,
@@ -33,17 +35,12 @@ SHAPES = [
 
 
 def wide(config: GPTConfig) -> GPT:
-    """A random model with weights large enough that what it says depends on all of its context."""
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    return model
+    return sharpen(GPT(config))
 
 
 @torch.no_grad()
 def greedy_uncached(model: GPT, idx: torch.Tensor, n: int) -> torch.Tensor:
-    """The documented rule, written out: a context of more than block_size tokens restarts at its last block_size // 2."""
+    """The documented rule: past block_size tokens, go on from the last block_size // 2 of them."""
     start, block_size = 0, model.config.block_size
     for _ in range(n):
         if idx.size(1) - start > block_size:
@@ -164,10 +161,20 @@ def test_a_model_in_training_generates_without_dropout_and_stays_in_training():
     assert torch.equal(generate(model.train(), idx, 10, temperature=0), expected) and model.training
 
 
-def test_autocast_is_respected():
+def test_autocast_applies_to_what_the_model_reads(monkeypatch):
     model, idx = wide(SHAPES[0]), torch.randint(97, (2, 4))
+    dtypes = []
+
+    def head(x):
+        logits = GPT.head(model, x)
+        dtypes.append(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(model, "head", head)
     with torch.autocast("cpu", torch.bfloat16):
-        assert generate(model, idx, 10, temperature=0).shape == (2, 14)
+        generate(model, idx, 3, temperature=0)
+    generate(model, idx, 1, temperature=0)
+    assert dtypes == 3 * [torch.bfloat16] + [torch.float32]
 
 
 def saying(monkeypatch, ids: list[int], vocab_size: int) -> GPT:
@@ -233,7 +240,7 @@ def test_a_prompt_that_is_not_utf8_becomes_replacement_characters():
 
 
 def test_a_prompt_of_another_encoding_is_refused():
-    with pytest.raises(UserError, match="--prompt has token 122"):
+    with pytest.raises(UserError, match="the prompt has token 122"):
         encode_prompt(wide(SHAPES[0]), get_encoding("bytes"), "xyz", 1)
 
 
@@ -252,16 +259,21 @@ def test_a_prompt_of_another_encoding_is_refused():
     ],
 )
 def test_bad_flags_are_refused_by_name(flag, value):
-    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} {value}"):
+    name = flag if flag in ("temperature", "top_k", "top_p") else "--" + flag.replace("_", "-")
+    with pytest.raises(UserError, match=f"^{name} {value}; expected "):
         SampleConfig(**{flag: value})
 
 
+@pytest.mark.parametrize(
+    "setting", [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": -1.0}], ids=str
+)
+def test_generate_refuses_bad_settings(setting):
+    with pytest.raises(UserError):
+        generate(wide(SHAPES[0]), torch.zeros(1, 1, dtype=torch.long), 1, **setting)
+
+
 def command_line(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "sample.py", "--device", "cpu", *args],
-        capture_output=True,
-        text=True,
-    )
+    return run_python("sample.py", "--device", "cpu", *args)
 
 
 def test_command_line(tmp_path):
@@ -286,7 +298,7 @@ def test_command_line(tmp_path):
     bad = command_line("--model", str(tmp_path), "--top-p", "2")
     assert (
         bad.returncode == 2
-        and bad.stderr.splitlines()[-1].startswith("error: --top-p 2.0; expected ")
+        and bad.stderr.splitlines()[-1].startswith("error: top_p 2.0; expected ")
         and "Traceback" not in bad.stderr
     )
 
@@ -319,7 +331,7 @@ def test_packing_leaves_a_float32_model_alone():
     )
 
 
-def test_the_compiled_step_is_one_graph_for_every_position(monkeypatch):
+def test_the_compiled_step_is_one_graph_for_all_positions_and_lengths(monkeypatch):
     graphs = []
     step = torch.compile(
         last_logits,
@@ -327,10 +339,91 @@ def test_the_compiled_step_is_one_graph_for_every_position(monkeypatch):
         fullgraph=True,
         dynamic=False,
     )
-    monkeypatch.setattr(sample, "compiled_step", lambda: step)
+    monkeypatch.setattr(sample, "compiled_read", lambda: step)
     model, idx = wide(SHAPES[0]), torch.randint(97, (2, 5))
-    for _ in range(2):  # a second run re-uses it
-        assert torch.equal(
-            generate(model, idx, 60, temperature=0, compiled=True), greedy_uncached(model, idx, 60)
-        )
+    for n in (60, 60, *range(1, 12)):  # more lengths than torch compiles one function for
+        ours = generate(model, idx, n, temperature=0, compiled=True)
+        assert torch.equal(ours, greedy_uncached(model, idx, n))
     assert len(graphs) == 1
+
+
+# ---------------------------------------------------------------------------- hostile texts
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_a_prompt_with_a_million_spaces_is_refused(request, name):
+    if name == "gpt2":
+        request.getfixturevalue("gpt2_vocabulary")
+    with pytest.raises(UserError, match="999,999 spaces in a row"):
+        encode_prompt(wide(SHAPES[0]), get_encoding(name), "a" + " " * 999_999 + "b", 1)
+
+
+def test_the_longest_space_that_is_accepted_can_be_encoded(gpt2_vocabulary):
+    model = GPT(GPTConfig(1, 1, 8, 8, 50257))
+    prompt = "a" + " " * sample.LONGEST_SPACE + "b"
+    assert encode_prompt(model, get_encoding("gpt2"), prompt, 1).size(1) > 1
+
+
+def test_command_line_accepts_a_prompt_of_bytes_that_are_not_utf8(tmp_path):
+    save_tiny_model(tmp_path)
+    args = ["--model", tmp_path, "--device", "cpu", "--max-new-tokens", 2, "--prompt"]
+    ran = subprocess.run([*command("sample.py", *args), b"a\xff"], capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(b"a?")
+
+
+def test_a_prompt_longer_than_the_context_continues_from_its_last_half(tmp_path):
+    save_tiny_model(tmp_path, block_size=16)
+    args = ["--model", str(tmp_path), "--temperature", "0", "--max-new-tokens", "8", "--prompt"]
+    long_prompt = "".join(chr(97 + i % 26) for i in range(100))
+    whole = command_line(*args, long_prompt)
+    half = command_line(*args, long_prompt[-8:])
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout == long_prompt[:-8] + half.stdout
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+ATTACKS = "\x1b]52;c;bHM=\x07 \x9b2J \r \x7f \u202edlrow \u2066 \u200f \udcff"
+
+
+def test_a_terminal_gets_control_characters_escaped():
+    text = printable(ATTACKS, Terminal())
+    assert text == r"\x1b]52;c;bHM=\x07 \x9b2J \r \x7f \u202edlrow \u2066 \u200f \udcff"
+
+
+def test_a_terminal_gets_ordinary_text_as_it_is():
+    text = "naïve 日本語 🦜 a\tb\nשלום"
+    assert printable(text, Terminal()) == text
+
+
+def test_a_pipe_gets_all_bytes_as_they_are():
+    assert printable(ATTACKS, io.StringIO()) == ATTACKS
+
+
+def test_say_escapes_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    cli.say("a\x1b[2Jb")
+    assert terminal.getvalue() == "a\\x1b[2Jb\n"
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_sampled_text_is_escaped_on_a_terminal_only(tmp_path, num_samples):
+    save_tiny_model(tmp_path)
+    args = ["--model", tmp_path, "--device", "cpu", "--max-new-tokens", 1]
+    args += ["--num-samples", num_samples, "--prompt", "\x1b[2J"]
+    parent, child = os.openpty()
+    with subprocess.Popen(
+        command("sample.py", *args), stdout=child, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.wait() == 0
+    on_terminal = os.read(parent, 10_000)
+    os.close(parent)
+    os.close(child)
+    assert b"\\x1b[2J" in on_terminal and b"\x1b" not in on_terminal
+    piped = run_python("sample.py", *args)
+    assert "\x1b[2J" in piped.stdout
