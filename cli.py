@@ -1,21 +1,23 @@
 """How every script begins and ends: flags, messages, signals, and errors as exit codes.
 
-A script ends with `run_script(main)`. Bad input raises `UserError` where it is seen, and `run_script`
+A script ends with `run_script(main)`. Bad input raises `UserError` where it is seen. `run_script`
 is the one place that turns an error or a signal into an exit code:
 
     0     the work is done
     1     a fault of this program: its traceback is what a report needs
-    2     bad input, or a file that cannot be read or written; the last line of stderr names the remedy
+    2     bad input, too little memory, or a file that cannot be read or written;
+          the last line of stderr names the remedy
     128+n stopped by signal n, after saving (129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM)
 """
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 Config = TypeVar("Config")
 
@@ -31,12 +33,19 @@ class UserError(Exception):
         super().__init__(f"{found}; expected {expected}; {remedy}")
 
 
-class Stopped(Exception):
-    """A signal has ended the work."""
+class Stopped(BaseException):
+    """A signal has ended the work.
+
+    Like KeyboardInterrupt it is no Exception: an `except Exception` in a library must not lose it.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+class FailedElsewhere(Exception):
+    """Another process of this run has failed, and has said why."""
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -60,25 +69,113 @@ def parse_flags(
 # ---------------------------------------------------------------------------------------- output
 
 
+# What can move a terminal's cursor, set its title, write its clipboard, or show text in an order
+# that it does not have: control characters but newline and tab, marks of text direction, and
+# surrogates, which cannot be written at all.
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """The text as it is safe to write to the stream: escaped for a terminal, else unchanged."""
+    if not stream.isatty():
+        return text
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def say(*lines: str) -> None:
     """Print lines above any progress bar. A reader who has gone away does not end the work."""
     from tqdm import tqdm
 
     with contextlib.suppress(OSError, ValueError):
-        tqdm.write("\n".join(lines))
+        tqdm.write(printable("\n".join(lines), sys.stdout))
         sys.stdout.flush()
 
 
 def _write_message(message: str) -> None:
     """One write for the whole message: under torchrun other ranks write to the same terminal."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(message + "\n")
-        sys.stderr.flush()
+    sys.stderr.write(printable(message, sys.stderr) + "\n")
+    sys.stderr.flush()
+
+
+class _Unfailing:
+    """A text stream whose failed writes are dropped.
+
+    A progress bar on a terminal that is gone, or a warning into a full file, must not end the work.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def _open_output() -> None:
+    """Make stdout and stderr fit to be written to, whatever they were when the script started."""
+    if sys.stdout is None:  # it was closed, as by `>&-` in a shell
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    # A locale that lacks a character, as Latin-1 does most, shows its number instead.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+
+
+def _close_output() -> None:
+    """Flush stdout and stderr. What cannot be written is dropped.
+
+    Otherwise the interpreter would try again when it exits, fail, and make the exit code 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---------------------------------------------------------------------------------------- signals
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP comes when the terminal is closed, SIGUSR1 from Slurm shortly before its time limit.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+
+
+def _handle_stop_signals(handler: Callable) -> dict:
+    """Install the handler for the stop signals that this platform has; returns what it replaces."""
+    replaced = {}
+    for name in STOP_SIGNALS:
+        signum = getattr(signal, name, None)
+        if signum is None:
+            continue
+        if name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN:
+            continue  # nohup asks that the work outlive its terminal
+        replaced[signum] = signal.signal(signum, handler)
+    return replaced
+
+
+def exit_on_signals() -> None:
+    """Until `run_script` takes over, a stop signal ends the process without a traceback.
+
+    Importing torch takes seconds, in which Ctrl-C would print one. So a script that imports torch
+    begins with
+
+        if __name__ == "__main__":
+            import cli
+
+            cli.exit_on_signals()
+    """
+    _handle_stop_signals(lambda signum, frame: os._exit(128 + signum))
 
 
 class StopRequest:
@@ -99,7 +196,7 @@ class StopRequest:
             raise Stopped(signum)
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
+        self._previous = _handle_stop_signals(self._handle)
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -110,42 +207,46 @@ class StopRequest:
 # ---------------------------------------------------------------------------------------- the end
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run `main`, report what went wrong in one line, and exit."""
+def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a time") -> None:
+    """Run `main`, report what went wrong in one line, and exit.
+
+    out_of_memory: what helps where memory runs out; a script names its flags here.
+    """
 
     def stop(signum, frame):
         raise Stopped(signum)
 
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        main()
-        code, message = 0, ""
-    except Exception as error:
-        code, message = exit_code_and_message(error)
-        if code == 1:
-            traceback.print_exc()
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    # After a failure the process group is left to die with the process: to destroy it in good
-    # order would be to wait for the other ranks.
-    distributed = sys.modules.get("torch.distributed")
-    if code == 0 and distributed and distributed.is_initialized():
-        distributed.destroy_process_group()
-    if message:
-        _write_message(message)
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        _point_stdout_nowhere()  # or the interpreter would complain once more when it exits
+    _handle_stop_signals(stop)
+    _open_output()
+    with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
+        try:
+            main()
+            code, message = 0, ""
+        except (Exception, KeyboardInterrupt, Stopped) as error:
+            code, message = exit_code_and_message(error, out_of_memory)
+            if code == 1:
+                message = traceback.format_exc().rstrip()
+        # After a failure the process group is left to die with the process: to destroy it in good
+        # order would be to wait for the other ranks.
+        distributed = sys.modules.get("torch.distributed")
+        if code == 0 and distributed and distributed.is_initialized():
+            distributed.destroy_process_group()
+        if message:
+            _write_message(message)
+    _close_output()
     sys.exit(code)
 
 
-def exit_code_and_message(error: Exception) -> tuple[int, str]:
+def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int, str]:
     """The exit code that an error becomes, and the line that explains it."""
     if isinstance(error, UserError):
         return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
     if isinstance(error, Stopped):
-        return 128 + error.signum, ""
+        return 128 + error.signum, "interrupted" if error.signum == signal.SIGINT else ""
+    if isinstance(error, FailedElsewhere):
+        return 2, ""
     if isinstance(error, BrokenPipeError):  # the reader has gone, as in `python sample.py | head`
         return 0, ""
     if isinstance(error, OSError):
@@ -153,11 +254,19 @@ def exit_code_and_message(error: Exception) -> tuple[int, str]:
         reason = error.strerror or str(error)
         remedy = "check the path, its permissions and the free space"
         return 2, f"error: {place}{reason}; expected to read or write it; {remedy}"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's class; torch is not imported here
-        reason = str(error).splitlines()[0]
-        return 2, f"error: {reason}; expected the work to fit in memory; make it smaller"
+    if is_out_of_memory(error):
+        reason = str(error).partition("\n")[0] or "out of memory"
+        return 2, f"error: {reason}; expected the work to fit in memory; {out_of_memory}"
     return 1, ""
 
 
-def _point_stdout_nowhere() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out: Python's, or that of a device.
+
+    torch has a class for its allocator on a GPU. CUDA itself, Apple's MPS and the allocator on a
+    CPU raise a RuntimeError that says it in words. torch is not imported here.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)

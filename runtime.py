@@ -8,7 +8,10 @@ import contextlib
 import ctypes
 import datetime
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cli
-from cli import UserError
+from cli import FailedElsewhere, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits for the others
 
@@ -49,46 +52,71 @@ class Runtime:
 
     def attention_kernels(self, T: int) -> list[SDPBackend]:
         """The attention kernels for training at context T, the preferred one first."""
-        if self.device.type == "cuda":
-            return [
-                SDPBackend.CUDNN_ATTENTION,
-                SDPBackend.FLASH_ATTENTION,
-                SDPBackend.EFFICIENT_ATTENTION,
-                SDPBackend.MATH,
-            ]
         if unfused_attention_is_faster(self.device, self.dtype, T):
             return [SDPBackend.MATH]
-        return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        if cudnn_attention_is_faster(self.device):
+            kernels.insert(0, SDPBackend.CUDNN_ATTENTION)
+        return kernels
 
     def attention(self, T: int):
         """A context in which scaled_dot_product_attention takes the first kernel that it can."""
         return sdpa_kernel(self.attention_kernels(T), set_priority=True)
 
+    def compile(self, module: torch.nn.Module, T: int) -> torch.nn.Module:
+        """The module compiled for training at context T; the module itself stays as it is."""
+        # The cache of compiled code on disk does not know which attention kernels were asked for
+        # (pytorch #185449): without this a process would run what another one compiled for others.
+        kernels = [kernel.name for kernel in self.attention_kernels(T)]
+        torch.compiler.config.cache_key_tag = " ".join(kernels)
+        # DDP's averaging of gradients breaks the graph.
+        return torch.compile(module, dynamic=False, fullgraph=self.world_size == 1)
+
     # ----------------------------------------------------------------------------- collectives
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks. Gloo has no reliable average: sum, then divide."""
-        if self.world_size == 1:
-            return values
-        values = values.to(self.device)
-        dist.all_reduce(values)
+        if self.world_size > 1:
+            dist.all_reduce(values)
         return values
 
     def largest(self, value: int) -> int:
         """The largest of all ranks' values, on every rank."""
         if self.world_size == 1:
             return value
-        values = torch.tensor(value, device=self.device)
+        values = torch.tensor(value)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return int(values)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank, once all ranks have come here."""
+    def gather(self, value: Any) -> list[Any]:
+        """All ranks' values in the order of ranks, on every rank."""
         if self.world_size == 1:
-            return value
+            return [value]
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
-        return values[0]
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank, once all ranks have come here."""
+        return self.gather(value)[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Do some work on rank 0 alone; returns its result on every rank.
+
+        Where it fails, all ranks end: rank 0 with the error, the others without a word.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as caught:
+                error = caught
+        failed, result = self.broadcast((error is not None, result))
+        if error:
+            raise error
+        if failed:
+            raise FailedElsewhere
+        return result
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, so that a clock can be read."""
@@ -104,27 +132,47 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
+        chosen = cuda_device_of_rank(chosen)
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        # In a bfloat16 run the few float32 products may be TF32; who asks for float32 gets it.
+        precision = "highest" if chosen_dtype == torch.float32 else "high"
+        torch.set_float32_matmul_precision(precision)
     if chosen.type == "cpu":
         keep_freed_memory()
         # Despite its name it rules the CPU too: unfused attention stays in bfloat16.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    return Runtime(rank, world_size, chosen, choose_dtype(dtype, chosen))
+        join_process_group(chosen)
+    return Runtime(rank, world_size, chosen, chosen_dtype)
+
+
+def join_process_group(device: torch.device) -> None:
+    """Meet the other ranks that torchrun has started."""
+    if device.type != "cuda":
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        return
+    # Tensors on the CPU travel by gloo, so that a vote does not wait for the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`. `auto` is CUDA, else Apple's MPS, else the CPU."""
+    """The device called `name`. `auto` is CUDA, else Apple's MPS, else the CPU.
+
+    Gloo cannot send what lies on MPS, so of several ranks each takes the CPU there.
+    """
     available = ["cpu"]
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
+    elif name == "auto" and torch.version.cuda and Path("/dev/nvidia0").exists():
+        raise UserError(
+            "there is an NVIDIA GPU, but CUDA does not start",
+            expected=f"a driver for CUDA {torch.version.cuda}, which this torch was built for",
+            remedy="update the driver, install a torch built for it, or use --device cpu",
+        )
     if name == "auto":
         name = available[0]
     kind = name.split(":")[0]
@@ -137,11 +185,61 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def cuda_device_of_rank(device: torch.device) -> torch.device:
+    """The GPU of this process: under torchrun each rank of a machine has one of its own."""
+    index = int(os.environ.get("LOCAL_RANK", device.index or 0))
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"process {index} of this machine has no GPU: there are {count}",
+            expected="a GPU for each process",
+            remedy=f"start torchrun with --nproc_per_node={count}, or train with --device cpu",
+        )
+    device = torch.device("cuda", index)
+    major, minor = torch.cuda.get_device_capability(device)
+    if not has_kernels_for(major, minor, torch.cuda.get_arch_list()):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}",
+            expected=f"one that this torch was built for: {' '.join(torch.cuda.get_arch_list())}",
+            remedy="install a torch that was built for it, or use --device cpu",
+        )
+    return device
+
+
+def has_kernels_for(major: int, minor: int, architectures: list[str]) -> bool:
+    """Whether code for the architectures (`sm_90`, `compute_90`) runs on a compute capability.
+
+    Binary code (sm) runs on its own major version from its minor version on; intermediate code
+    (compute) on every later one.
+    """
+    for architecture in architectures:
+        kind, _, number = architecture.partition("_")
+        digits = number.rstrip("abcdefghijklmnopqrstuvwxyz")
+        built = (int(digits[:-1]), int(digits[-1]))
+        if kind == "sm" and built[0] == major and built[1] <= minor:
+            return True
+        if kind == "compute" and built <= (major, minor):
+            return True
+    return False
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`. `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """The dtype called `name`. `auto` is bfloat16 where the hardware has it, else float32."""
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    if name == "bfloat16" and device.type == "mps" and torch_version() < (2, 13):
+        # Its attention sees future tokens there (pytorch #195910).
+        raise UserError(
+            f"bfloat16 on MPS with torch {torch.__version__}",
+            expected="torch 2.13 or later",
+            remedy="update torch, or use float32",
+        )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -153,6 +251,32 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         instructions = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is Arm's
         return any(capabilities.get(name) for name in instructions)
     return False
+
+
+def masked_attention(device: torch.device):
+    """A context with the kernels for attention with a mask: HellaSwag's rows and the cache.
+
+    On CUDA neither cuDNN nor FlashAttention takes an arbitrary mask. Without this context the
+    choice would depend on the versions of torch and of the card.
+    """
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if device.type != "cuda":
+        kernels.insert(0, SDPBackend.FLASH_ATTENTION)  # the CPU's takes a mask
+    return sdpa_kernel(kernels, set_priority=True)
+
+
+def cudnn_attention_is_faster(device: torch.device) -> bool:
+    """Whether cuDNN's attention kernel comes first on this GPU.
+
+    It is 1.7 to 2.3 times as fast as the others on Hopper, and slower on A100 (0.82) and on
+    consumer Blackwell (0.88). Before cuDNN 9.15.1 it was wrong at contexts that 128 does not divide
+    (pytorch #169849, #171627). The figures are from those reports; none was measured here.
+    """
+    if device.type != "cuda":
+        return False
+    major, _ = torch.cuda.get_device_capability(device)
+    version = torch.backends.cudnn.version() or 0
+    return major in (9, 10) and version > 91500
 
 
 def unfused_attention_is_faster(device: torch.device, dtype: torch.dtype, T: int) -> bool:
@@ -183,22 +307,31 @@ def keep_freed_memory() -> None:
 
 # Dense bfloat16 matrix throughput in FLOP/s, from the vendors' datasheets.
 PEAK_FLOPS = {
+    "B200": 2250e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L4": 121e12,
     "A10G": 70e12,
-    "4090": 165e12,
-    "3090": 71e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
 }
 
+# What else torch's name of such a card holds: the memory, the module. A name with anything more is
+# another card: a laptop's, a slice of one (MIG), an RTX A1000.
+DETAILS = re.compile(r"GeForce|HBM3e?|SXM\d?|PCIE|\d+ ?GB", re.IGNORECASE)
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bfloat16 peak in FLOP/s, or None where no datasheet figure is known."""
-    if device.type != "cuda":
+
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:
+    """The device's dense peak in FLOP/s with that dtype, or None where no figure is known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    for card, flops in PEAK_FLOPS.items():
-        if card in name:
-            return flops
-    return None
+    name = torch.cuda.get_device_name(device).replace("-", " ").removeprefix("NVIDIA ")
+    if name in PEAK_FLOPS:
+        return PEAK_FLOPS[name]
+    return PEAK_FLOPS.get(" ".join(DETAILS.sub(" ", name).split()))

@@ -1,0 +1,371 @@
+"""cli.py: what each error and signal becomes, and output that never ends the work."""
+
+import errno
+import os
+import pty
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tools import run_main, run_python, start_script
+
+import cli
+from cli import Stopped, UserError, parse_flags
+
+HEADER = "import os, signal, sys, time\nimport cli\n"
+
+
+def exit_code_of(error: BaseException, capsys, **run) -> tuple[int, str]:
+    """The exit code and what stands on stderr when a script's main raises this error."""
+
+    def main():
+        raise error
+
+    return run_main(main, **run), capsys.readouterr().err
+
+
+def write_script(folder, body: str):
+    """A script whose main is `body`, under run_script."""
+    file = folder / "script.py"
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    file.write_text(f"{HEADER}def main():\n{lines}cli.run_script(main)\n")
+    return file
+
+
+# --------------------------------------------------------------------------------- exit codes
+
+
+def test_success_is_0(capsys):
+    assert run_main(lambda: None) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_bad_input_is_2_and_one_line(capsys):
+    error = UserError("--top-p 2", expected="at most 1", remedy="lower it")
+    code, err = exit_code_of(error, capsys)
+    assert (code, err) == (2, "error: --top-p 2; expected at most 1; lower it\n")
+
+
+def test_an_os_error_is_2_and_names_the_file(capsys, tmp_path):
+    code, err = exit_code_of(FileNotFoundError(errno.ENOENT, "No such file", "a/b.txt"), capsys)
+    assert code == 2
+    assert err.startswith("error: a/b.txt: No such file; expected ")
+    assert err.count("\n") == 1
+
+
+def test_a_fault_of_ours_is_1_with_its_traceback(capsys):
+    code, err = exit_code_of(KeyError("n_layer"), capsys)
+    assert code == 1
+    assert err.startswith("Traceback")
+    assert err.endswith("KeyError: 'n_layer'\n")
+
+
+def test_a_reader_who_has_gone_is_no_error(capsys):
+    assert exit_code_of(BrokenPipeError(), capsys) == (0, "")
+
+
+def test_interrupts_are_130_without_a_traceback(capsys):
+    assert exit_code_of(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
+    assert exit_code_of(Stopped(signal.SIGINT), capsys) == (130, "interrupted\n")
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines"),
+    torch.AcceleratorError("CUDA error: out of memory\nmore lines"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_is_2_with_what_the_script_advises(error, capsys):
+    code, message = cli.exit_code_and_message(error, "lower --micro-batch")
+    assert code == 2
+    assert message.startswith("error: ")
+    assert message.endswith("; lower --micro-batch")
+    assert "\n" not in message
+    code, err = exit_code_of(error, capsys)
+    assert code == 2
+    assert "--" not in err  # a script that names no flag has none that helps
+
+
+def test_what_torch_raises_when_the_cpu_has_no_memory_is_out_of_memory():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert cli.is_out_of_memory(raised.value)
+
+
+def test_another_runtime_error_is_a_fault(capsys):
+    assert exit_code_of(RuntimeError("shapes do not match"), capsys)[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["UserError", "KeyError"])
+def test_a_message_is_written_in_one_piece(kind, monkeypatch):
+    """Ranks write to the same terminal; in pieces their messages would be mixed."""
+    pieces = []
+    monkeypatch.setattr(sys.stderr, "write", lambda text: pieces.append(text) or len(text))
+
+    def main():
+        if kind == "KeyError":
+            raise KeyError("n_layer")
+        raise UserError("this", expected="that", remedy="do it")
+
+    run_main(main)
+    assert len(pieces) == 1
+    assert kind == "UserError" or "Traceback" in pieces[0]
+
+
+# -------------------------------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class Flags:
+    width: int = 3  # of a line, in characters
+
+
+def test_a_field_is_a_flag_and_its_comment_the_help(capsys):
+    assert parse_flags(Flags, Flags(4), "What it does.", []) == Flags(4)
+    assert parse_flags(Flags, Flags(4), "What it does.", ["--width", "5"]) == Flags(5)
+    with pytest.raises(SystemExit) as stopped:
+        parse_flags(Flags, Flags(4), "What it does.", ["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "What it does." in out
+    assert "of a line, in characters" in out
+
+
+@pytest.mark.parametrize("args", [["--height", "3"], ["--width", "wide"], ["--width"]])
+def test_a_wrong_flag_is_2_and_named(args, capsys):
+    assert run_main(lambda: parse_flags(Flags, Flags(), "What it does."), *args) == 2
+    assert args[0] in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ signals
+
+
+def start_and_wait(script) -> subprocess.Popen:
+    """The script, started, once it has printed `ready`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = start_script(script, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("signum", STOPS, ids=lambda signum: signum.name)
+def test_a_stop_signal_ends_a_script_with_its_code(tmp_path, signum):
+    script = write_script(tmp_path, "print('ready', flush=True)\ntime.sleep(60)")
+    process = start_and_wait(script)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("signum", STOPS, ids=lambda signum: signum.name)
+def test_a_stop_request_lets_the_work_end_where_it_is_safe(tmp_path, signum):
+    body = """
+with cli.StopRequest() as stop:
+    print('ready', flush=True)
+    while not stop.signum:
+        time.sleep(0.01)
+    print('saved', flush=True)
+raise cli.Stopped(stop.signum)"""
+    process = start_and_wait(write_script(tmp_path, body))
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (128 + signum, "saved\n")
+
+
+SAVES_SLOWLY = """
+with cli.StopRequest() as stop:
+    print('ready', flush=True)
+    while not stop.signum:
+        time.sleep(0.01)
+    print('saving', flush=True)
+    time.sleep(float(sys.argv[1]))
+    print('saved', flush=True)
+raise cli.Stopped(stop.signum)"""
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    script = write_script(tmp_path, SAVES_SLOWLY)
+    process = start_script(script, 60, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_under_torchrun_a_repeated_signal_does_not_cut_the_saving_short(tmp_path):
+    script = write_script(tmp_path, SAVES_SLOWLY)
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    process = start_script(script, 0.5, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "saved\n")
+
+
+def test_nohup_is_respected(tmp_path):
+    script = write_script(tmp_path, "print('ready', flush=True)\ntime.sleep(0.5)\nprint('done')")
+    ignoring = 'trap \'\' HUP; exec "$0" "$@"'
+    command = ["sh", "-c", ignoring, sys.executable, script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "done\n")
+
+
+def test_a_library_that_catches_every_exception_does_not_lose_a_stop(tmp_path):
+    body = """
+try:
+    print('ready', flush=True)
+    time.sleep(60)
+except Exception:
+    pass"""
+    process = start_and_wait(write_script(tmp_path, body))
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda signum: signum.name)
+def test_a_signal_while_torch_is_imported_gives_no_traceback(tmp_path, signum):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "if __name__ == '__main__':\n"
+        "    import cli\n\n"
+        "    cli.exit_on_signals()\n"
+        "print('ready', flush=True)\n"
+        "import torch\n"
+        "cli.run_script(lambda: None)\n"
+    )
+    process = start_and_wait(script)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + signum, "")
+
+
+def test_importing_cli_leaves_the_signals_alone():
+    done = run_python(
+        "-c",
+        "import signal; before = signal.getsignal(2), signal.getsignal(15); import cli;"
+        "assert before == (signal.getsignal(2), signal.getsignal(15))",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------- output
+
+WRITES = """
+import warnings
+from tqdm import tqdm
+for i in tqdm(range(300), mininterval=0, miniters=1):
+    cli.say(f"line {i} " + "x" * 100)
+    warnings.warn(f"warning {i}", stacklevel=1)
+open(sys.argv[1], "w").write("done")"""
+
+
+def finishes(script, tmp_path, shell_redirection: str) -> int:
+    """Whether the work is done and the exit code is 0, with stdout and stderr redirected so."""
+    done = tmp_path / "done.txt"
+    command = f'exec "$0" "$@" {shell_redirection}'
+    buffered = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run(
+        ["sh", "-c", command, sys.executable, script, done], env=buffered, timeout=60
+    )
+    return done.read_text() == "done" and result.returncode == 0
+
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+BROKEN = [
+    pytest.param(">/dev/full", marks=needs_full),
+    pytest.param("2>/dev/full", marks=needs_full),
+    pytest.param(">/dev/full 2>&1", marks=needs_full),
+    ">&-",
+    "2>&-",
+    ">&- 2>&-",
+]
+
+
+@pytest.mark.parametrize("redirection", BROKEN)
+def test_a_full_or_closed_output_does_not_end_the_work(tmp_path, redirection):
+    assert finishes(write_script(tmp_path, WRITES), tmp_path, redirection)
+
+
+def test_a_reader_of_both_outputs_who_has_gone_does_not_end_the_work(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = tmp_path / "done.txt"
+    script = write_script(tmp_path, WRITES)
+    with start_script(script, done, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        assert process.wait(timeout=60) == 0
+    assert done.read_text() == "done"
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_work(tmp_path):
+    """Writing to it fails with EIO. It is not the controlling one, so no SIGHUP comes."""
+    terminal, side_of_process = pty.openpty()
+    done = tmp_path / "done.txt"
+    script = write_script(tmp_path, "sys.stdin.readline()\n" + WRITES)
+    with start_script(
+        script, done, stdin=subprocess.PIPE, stdout=side_of_process, stderr=side_of_process
+    ) as process:
+        os.close(side_of_process)
+        os.close(terminal)
+        process.communicate(b"go\n", timeout=60)
+    assert done.read_text() == "done"
+    assert process.returncode == 0
+
+
+def test_a_locale_without_a_character_does_not_end_the_work(tmp_path):
+    body = "cli.say('\\u2192 caf\\u00e9')\nprint('\\u2192')"
+    script = write_script(tmp_path, body)
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"\\u2192 caf\xe9\n\\u2192\n"
+
+
+def test_a_message_cannot_move_the_cursor_of_a_terminal(monkeypatch):
+    class Terminal:
+        text = ""
+
+        def write(self, text):
+            self.text += text
+            return len(text)
+
+        def isatty(self):
+            return True
+
+        def flush(self):
+            """A terminal has nothing to flush."""
+
+        def reconfigure(self, errors):
+            """The terminal shows every character."""
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def main():
+        raise UserError("file \x1b[2Jx", expected="a name", remedy="rename it")
+
+    assert run_main(main) == 2
+    assert terminal.text == "error: file \\x1b[2Jx; expected a name; rename it\n"
