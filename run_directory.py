@@ -1,235 +1,650 @@
-"""Run directories that survive a crash: commit, verify, find, prune, and load what is in them.
+"""What a run leaves on disk: its configuration, its log, its checkpoints.
 
-A run directory holds train.json (the config), log.jsonl, curves.png and one directory per saved step. A step
-directory is a Hugging Face GPT-2 directory plus optimizer.safetensors, state.json and manifest.json. It is written
-under a temporary name, fsynced, and renamed into place, so a directory called step_000500 is whole or damaged later;
-readers trust none that its manifest does not prove.
+    runs/gpt2/train.json        the configuration, and where and when the run was started
+    runs/gpt2/log.jsonl         one JSON object a line
+    runs/gpt2/curves.png        the curves of that log
+    runs/gpt2/step_001000/      a checkpoint: the model after exactly 1,000 updates
+    runs/gpt2/best.json         the step of lowest validation loss, where the run keeps it
+
+A checkpoint is a Hugging Face GPT-2 directory with three files more: optimizer.safetensors,
+state.json and manifest.json, which lists every file with its size and sha256. A checkpoint is
+*valid* when every listed file is as the manifest says.
+
+It is committed in four steps: all files are written under a temporary name and flushed to the disk,
+the manifest is written last, the directory is flushed, and one rename gives it its name. A crash at
+any moment leaves the whole checkpoint or none.
 """
 
+import contextlib
+import datetime
 import json
+import math
 import os
 import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import tiktoken
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
-from files import file_sha256, sync
-from model import GPT
-from tokens import get_encoding, save_tokenizer
+from files import (
+    file_sha256,
+    locked,
+    plain_name,
+    read_json,
+    remove_leftovers,
+    set_mode,
+    sync,
+    write_file,
+)
+from model import GPT, GPTConfig, read_config
+from tokens import check_tokenizer, encoding_for, save_tokenizer
 
-SCHEMA = 1  # of state.json; a newer one is refused
+SCHEMA = 2  # of state.json; a newer one is refused
+MODEL_FILES = ("config.json", "model.safetensors")  # what sampling and scoring read
+
+STATE = {"schema": int, "step": int, "elapsed": float, "data": str, "train_json": str}
+MANIFEST = {"files": {str: {"size": int, "sha256": str}}}
+BEST = {"step": int, "val_loss": float}
 
 
-def save_step(
+class RunDirectory:
+    """A run directory that this process writes, and holds alone.
+
+    Every rank has one, and only rank 0's (`writes=True`) locks, writes and deletes, so that the
+    training loop need not ask who it is. `step` is the number of updates that the run stands at.
+    """
+
+    def __init__(
+        self, folder: Path, tokens_per_step: int, writes: bool, say: Callable[[str], None]
+    ):
+        self.folder = folder
+        self.tokens_per_step = tokens_per_step
+        self.writes = writes
+        self.say = say
+        self.also_log: Callable[[str, int, dict], None] | None = None  # told what is logged
+        self.step = 0
+        self.elapsed = 0.0  # seconds of training, evaluations and saves excluded
+        self.last_saved: int | None = None
+        self._logged: set[tuple[str, int]] = set()  # events that were logged before a resume
+        self._lock = contextlib.ExitStack()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._commit: Future | None = None  # the checkpoint that is being written
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._writer.shutdown()
+        self._lock.close()
+
+    # ------------------------------------------------------------------------------- starting
+
+    def claim(self, may_hold_run: bool) -> None:
+        """Lock the directory. Raises UserError while another process has it.
+
+        may_hold_run: whether a run that is there already is welcome, or refused with a UserError.
+        """
+        self._lock.enter_context(locked(self.folder))
+        if not may_hold_run and (is_run(self.folder) or step_directories(self.folder)):
+            self._lock.close()
+            raise UserError(
+                f"{self.folder}: holds a run",
+                expected="a new directory",
+                remedy="continue that run with --resume, or choose another --out",
+            )
+
+    def begin(self, config: dict) -> None:
+        """Start a new run in the claimed directory."""
+        remove_leftovers(self.folder)
+        keep_old_log(self.folder)
+        values = config | {"started": provenance()}
+        write_file(self.folder / "train.json", (json.dumps(values, indent=2) + "\n").encode())
+
+    def resume(self) -> Path | None:
+        """Go back to the newest checkpoint that is whole and finite; None where none was saved.
+
+        Damaged checkpoints after it are set aside, so that they are never counted again. The log
+        is cut back to the checkpoint's step, so that each step stands in it once.
+        """
+        remove_leftovers(self.folder)
+        checkpoint = newest_valid(self.folder, self.say)
+        if checkpoint is None:
+            if step_directories(self.folder):
+                raise UserError(
+                    f"{self.folder}: none of its checkpoints is valid",
+                    expected="at least one to continue from",
+                    remedy="restore one, or start a new run in another directory",
+                )
+            return None
+        check_train_json(self.folder, checkpoint)
+        for folder in step_directories(self.folder):
+            if step_number(folder) > step_number(checkpoint):
+                set_aside(folder)
+        cut_log(self.folder, step_number(checkpoint), self.say)
+        return checkpoint
+
+    def continue_from(self, checkpoint: Path) -> dict:
+        """Take over step and time from a checkpoint, on every rank; returns its state.json."""
+        state = read_state(checkpoint)
+        self.step = self.last_saved = state["step"]
+        self.elapsed = state["elapsed"]
+        self._logged = {(entry["event"], entry["step"]) for entry in read_log(self.folder)}
+        return state
+
+    def has_logged(self, event: str, step: int) -> bool:
+        """Whether a resumed run did this already, before it was stopped."""
+        return (event, step) in self._logged
+
+    # ----------------------------------------------------------------------------------- log
+
+    def log(self, event: str, step: int, **values) -> None:
+        """Append one line to log.jsonl."""
+        self._raise_failed_commit()
+        if not self.writes:
+            return
+        values = {"tokens": step * self.tokens_per_step, **values}
+        line = json.dumps({"event": event, "step": step, **values}) + "\n"
+        append(self.folder / "log.jsonl", line, flush_to_disk=event != "train")
+        if self.also_log:
+            self.also_log(event, step, values)
+
+    # --------------------------------------------------------------------------- checkpoints
+
+    def save(
+        self,
+        step: int,
+        model: GPT,
+        optimizer_tensors: Callable[[], dict[str, torch.Tensor]],
+        encoding: tiktoken.Encoding,
+        data_fingerprint: str,
+        keep: int,
+    ) -> None:
+        """Commit the checkpoint of this step, unless it is there.
+
+        Training waits only until weights and moments are copied. Writing, hashing and flushing
+        them goes on in a thread beside the next steps; `wait_for_commit` waits for its end, and a
+        failure is raised by the next call that writes.
+        """
+        if not self.writes or step == self.last_saved:
+            self.last_saved = step
+            return
+        self.wait_for_commit()
+        began = time.perf_counter()
+        snapshot = cpu_copy(model)
+        tensors = optimizer_tensors()
+        check_finite(f"step {step}", dict(snapshot.named_parameters()) | tensors)
+        state = {
+            "schema": SCHEMA,
+            "step": step,
+            "elapsed": self.elapsed,
+            "data": data_fingerprint,
+            "train_json": file_sha256(self.folder / "train.json"),
+        }
+        # The event is in the log before the checkpoint is there: a resumed run cuts the log back to
+        # its checkpoint, so an event too many disappears, and one too few would never come back.
+        self.log("save", step, seconds=round(time.perf_counter() - began, 3))
+        self._commit = self._writer.submit(
+            commit_checkpoint, self.folder, snapshot, encoding, tensors, state, keep
+        )
+        self.last_saved = step
+
+    def wait_for_commit(self) -> None:
+        """Return once the last checkpoint is on disk under its name."""
+        if self._commit:
+            commit, self._commit = self._commit, None
+            commit.result()
+
+    def _raise_failed_commit(self) -> None:
+        if self._commit and self._commit.done():
+            self.wait_for_commit()
+
+    # ---------------------------------------------------------------------------------- best
+
+    def lowest_validation_loss(self) -> float:
+        """The lowest validation loss of a step that was kept as the best; infinite at first."""
+        best = read_best(self.folder)
+        return best["val_loss"] if best else math.inf
+
+    def mark_best(self, step: int, val_loss: float) -> None:
+        """Name this step, which is saved, the best one so far: pruning spares it."""
+        if self.writes:
+            self.wait_for_commit()
+            content = json.dumps({"step": step, "val_loss": val_loss}) + "\n"
+            write_file(self.folder / "best.json", content.encode())
+
+
+# ---------------------------------------------------------------------------------- committing
+
+
+def commit_checkpoint(
     run: Path,
-    step: int,
     model: GPT,
     encoding: tiktoken.Encoding,
-    optimizer: torch.optim.AdamW,
+    optimizer_tensors: dict[str, torch.Tensor],
     state: dict,
+    keep: int,
 ) -> Path:
-    """Commit `run/step_%06d`: weights, optimizer and `state` (JSON values) after `step` updates."""
-    temporary, target = run / f".step_{step:06d}.tmp", run / f"step_{step:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(
-        temporary,
-        encoding=encoding.name,
-        bos_token_id=encoding.eot_token,
-        eos_token_id=encoding.eot_token,
-    )
-    save_tokenizer(encoding, temporary)
-    save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(
-        json.dumps({"schema": SCHEMA, "step": step, **state}, indent=2) + "\n"
-    )
-    files = {}
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in sorted(temporary.iterdir()):
-        file.chmod(0o666 & ~umask)  # safetensors creates its files for the owner alone
-        sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
-    (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=2) + "\n")
-    sync(temporary / "manifest.json")
-    sync(temporary)
-    shutil.rmtree(
-        target, ignore_errors=True
-    )  # only ever a damaged one: a valid one would have been resumed from
+    """Write `run/step_%06d` as the head of this file says, then remove what need not be kept."""
+    step = state["step"]
+    target = run / f"step_{step:06d}"
+    temporary = run / f".step_{step:06d}.tmp"
+    remove(temporary)
+    temporary.mkdir()  # fails if somebody has put something there meanwhile
+    write_checkpoint_files(temporary, model, encoding, optimizer_tensors, state)
+    remove(target)  # only ever a damaged one: from a valid one the run would have gone on
     os.rename(temporary, target)
     sync(run)
+    prune(run, keep)
     return target
 
 
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """AdamW's two moments by parameter name; its step count is the step of the directory."""
-    return {
-        f"{name}.{moment}": optimizer.state[parameter][moment].cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for moment in ("exp_avg", "exp_avg_sq")
-    }
-
-
-def load_optimizer(folder: Path, step: int, model: GPT, optimizer: torch.optim.AdamW) -> None:
-    """Put the moments saved in a step directory back into `optimizer`."""
-    tensors = load_file(folder / "optimizer.safetensors")
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [
-        names[parameter] for group in optimizer.param_groups for parameter in group["params"]
-    ]
-    state = {
-        i: {
-            "step": torch.tensor(float(step)),
-            **{m: tensors[f"{name}.{m}"] for m in ("exp_avg", "exp_avg_sq")},
-        }
-        for i, name in enumerate(ordered)
-        if f"{name}.exp_avg" in tensors
-    }
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-
-
-def problem(folder: Path) -> str | None:
-    """What is wrong with a step directory, or None when every file is as its manifest says."""
+def write_checkpoint_files(
+    folder: Path,
+    model: GPT,
+    encoding: tiktoken.Encoding,
+    optimizer_tensors: dict[str, torch.Tensor],
+    state: dict,
+) -> None:
+    """Every file of a checkpoint, on disk; manifest.json last."""
+    file = folder / "model.safetensors"
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        for name, entry in files.items():
-            if (folder / name).stat().st_size != entry["size"] or file_sha256(
-                folder / name
-            ) != entry["sha256"]:
+        model.save_pretrained(
+            folder,
+            encoding=encoding.name,
+            bos_token_id=encoding.eot_token,
+            eos_token_id=encoding.eot_token,
+        )
+        save_tokenizer(encoding, folder, model.config.block_size)
+        file = folder / "optimizer.safetensors"
+        save_file(optimizer_tensors, file)
+    except SafetensorError as error:  # it is raised for a full disk too, and names no file
+        raise OSError(f"{file}: {error}") from None
+    write_file(folder / "state.json", (json.dumps(state, indent=2) + "\n").encode())
+    mode = (folder / "state.json").stat().st_mode & 0o777  # as the user's umask wants it
+    files = {}
+    for file in sorted(folder.iterdir()):
+        set_mode(file, mode)  # safetensors makes its files readable for their owner alone
+        sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
+    write_file(folder / "manifest.json", (json.dumps({"files": files}, indent=2) + "\n").encode())
+    sync(folder)
+
+
+def cpu_copy(model: GPT) -> GPT:
+    """A copy of the model on the CPU that later updates do not touch."""
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    weights = {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+    }
+    copy.load_state_dict(weights, assign=True)
+    return copy
+
+
+def check_finite(place: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise UserError where a tensor holds NaN or Inf: a ruined model is never saved or used."""
+    for name, tensor in tensors.items():
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
+            raise UserError(
+                f"{place}: {name} holds NaN or Inf",
+                expected="finite weights and moments",
+                remedy="continue from an earlier checkpoint with a lower learning rate",
+            )
+
+
+# ----------------------------------------------------------------------------------- verifying
+
+
+def fault_of(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None when it is as its manifest says.
+
+    names: look at these files only, as reading a model does without its optimizer.
+    """
+    try:
+        files = read_json(folder / "manifest.json", MANIFEST)["files"]
+        missing = [name for name in names or (*MODEL_FILES, "state.json") if name not in files]
+        if missing:
+            return f"manifest.json does not list {missing[0]}"
+        for name in names or files:
+            if not plain_name(name):
+                return f"manifest.json lists {name!r}, which is not a plain file name"
+            if not is_regular(folder / name):
+                return f"{name} is missing or not a regular file"
+            entry = files[name]
+            size = (folder / name).stat().st_size
+            if size != entry["size"] or file_sha256(folder / name) != entry["sha256"]:
                 return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{os.path.basename(error.filename)} is missing"
-    except (ValueError, KeyError, TypeError):
-        return "manifest.json is damaged"
+    except UserError as error:
+        return str(error).partition(";")[0]
+    except OSError as error:
+        return f"{os.path.basename(error.filename or '')} cannot be read ({error.strerror})"
     return None
 
 
-def read_state(folder: Path) -> dict:
-    """state.json of a valid step directory."""
-    state = json.loads((folder / "state.json").read_text())
-    if state["schema"] > SCHEMA:
-        raise UserError(
-            f"{folder}/state.json: schema {state['schema']}",
-            expected=f"at most {SCHEMA}",
-            remedy="use the newer version that wrote it",
-        )
-    return state
-
-
-def steps(run: Path) -> list[Path]:
-    """Step directories, oldest first, valid or not."""
-    return sorted(
-        (p for p in run.glob("step_*") if p.name[5:].isdecimal() and p.is_dir()),
-        key=lambda p: int(p.name[5:]),
-    )
+def is_regular(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink()
 
 
 def newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest step directory that verifies; damaged newer ones are reported."""
-    for folder in reversed(steps(run)):
-        fault = problem(folder)
+    """The newest checkpoint that verifies and loads; newer ones that do not are reported."""
+    for folder in reversed(step_directories(run)):
+        fault = fault_of(folder) or fault_in_tensors(folder)
         if fault is None:
             return folder
         warn(f"warning: {folder}: {fault}; using an earlier checkpoint")
     return None
 
 
-def best_step(run: Path) -> Path | None:
-    """The step directory that best.json names, where the recipe keeps the best."""
+def fault_in_tensors(folder: Path) -> str | None:
+    """What keeps a checkpoint whose files are whole from being continued, or None."""
+    try:
+        read_state(folder)
+        GPT.from_pretrained(folder)
+        check_finite("optimizer.safetensors", read_optimizer_tensors(folder))
+    except (UserError, OSError) as error:
+        return str(error).partition(";")[0]
+    return None
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint."""
+    file = folder / "state.json"
+    state = read_json(file, STATE)
+    if state["schema"] != SCHEMA:
+        raise UserError(
+            f"{file}: schema {state['schema']}",
+            expected=f"schema {SCHEMA}",
+            remedy="use the version of this program that wrote it",
+        )
+    if state["step"] != step_number(folder):
+        raise UserError(
+            f"{file}: step {state['step']}",
+            expected=f"the step in the directory's name, {folder.name}",
+            remedy="use another checkpoint",
+        )
+    return state
+
+
+def read_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """optimizer.safetensors of a checkpoint."""
+    file = folder / "optimizer.safetensors"
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: not there",
+            expected="the optimizer's state beside the weights",
+            remedy="start a new run from these weights instead of continuing the old one",
+        ) from None
+    except SafetensorError as error:
+        raise UserError(
+            f"{file}: {error}",
+            expected="a safetensors file",
+            remedy="use another checkpoint",
+        ) from None
+
+
+def check_train_json(run: Path, checkpoint: Path) -> None:
+    """Refuse a configuration that was edited after the checkpoint was saved."""
+    if file_sha256(run / "train.json") != read_state(checkpoint)["train_json"]:
+        raise UserError(
+            f"{run / 'train.json'}: changed since {checkpoint.name} was saved",
+            expected="the configuration that the checkpoint was trained with",
+            remedy="restore it, or start a new run from the checkpoint's weights",
+        )
+
+
+# ------------------------------------------------------------------------------------- finding
+
+
+def step_directories(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, valid or not. A link is none of them."""
+    folders = []
+    for path in run.glob("step_*"):
+        if path.name[5:].isdecimal() and path.is_dir() and not path.is_symlink():
+            folders.append(path)
+    return sorted(folders, key=step_number)
+
+
+def step_number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def read_best(run: Path) -> dict | None:
+    """best.json, or None where the run has none."""
     file = run / "best.json"
-    return run / f"step_{json.loads(file.read_text())['step']:06d}" if file.exists() else None
+    return read_json(file, BEST) if file.exists() else None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` step directories; never the best. Called right after a valid one was committed."""
-    best = best_step(run)
-    for folder in steps(run)[:-keep]:
-        if folder != best:
-            doomed = folder.rename(
-                folder.with_name(f".{folder.name}.tmp")
-            )  # half-removed never looks like a step
-            shutil.rmtree(doomed)
-
-
-def clean(run: Path) -> None:
-    """Remove what a crash left half-written. Call with the run's lock held."""
-    for left_over in run.glob(".*.tmp"):
-        if left_over.is_dir():
-            shutil.rmtree(left_over)
-        else:
-            left_over.unlink()
+def best_step(run: Path) -> Path | None:
+    """The checkpoint that best.json names, or None where the run has none."""
+    best = read_best(run)
+    return run / f"step_{best['step']:06d}" if best else None
 
 
 def is_run(folder: Path) -> bool:
     return (folder / "train.json").exists()
 
 
+def was_begun_by_this_job(folder: Path) -> bool:
+    """Whether the processes of this torchrun command have begun the run, before a restart."""
+    if not is_run(folder):
+        return False
+    started = read_json(folder / "train.json", {}).get("started")
+    return isinstance(started, dict) and started.get("job") == job_name()
+
+
 def newest_run(root: Path = Path("runs")) -> Path:
-    """The run under `root` that was started or resumed last."""
-    runs = [p for p in root.glob("*/") if is_run(p)]
+    """The run under `root` with a checkpoint that was started or resumed last."""
+    runs = [run for run in root.glob("*/") if is_run(run) and step_directories(run)]
     if not runs:
         raise UserError(
-            f"{root}: no runs",
-            expected="a finished training run, or --model",
-            remedy="train one with train_gpt2.py, or name a model",
+            f"{root}: no run with a checkpoint",
+            expected="a training run",
+            remedy="train one with train_gpt2.py, or name a model with --model",
         )
-    return max(
-        runs,
-        key=lambda run: (
-            (run / "log.jsonl").stat().st_mtime if (run / "log.jsonl").exists() else 0.0
-        ),
+
+    def last_written(run: Path) -> float:
+        log = run / "log.jsonl"
+        return log.stat().st_mtime if log.exists() else 0.0
+
+    return max(runs, key=last_written)
+
+
+def resolve_model(name: str | None, warn: Callable[[str], None] = print) -> str:
+    """The hub name or the directory with a model that `name` stands for.
+
+    A run directory stands for its best checkpoint if it keeps one, else for its newest valid one;
+    None for the newest run under runs/. A checkpoint is verified; other names are left as they are.
+    """
+    place = Path(name) if name else newest_run()
+    if place.parts[:1] == ("runs",) and not place.exists():  # or it would be looked up on the hub
+        runs = sorted(str(run) for run in Path("runs").glob("*"))
+        raise UserError(
+            f"{place}: no such run",
+            expected=f"one of {', '.join(runs)}" if runs else "a run that train_gpt2.py has made",
+            remedy="check the name",
+        )
+    if is_run(place):
+        return str(checkpoint_to_load(place, warn))
+    if (place / "manifest.json").exists():
+        fault = fault_of(place, MODEL_FILES)
+        if fault:
+            raise UserError(
+                f"{place}: {fault}",
+                expected="the files that its manifest.json lists",
+                remedy="use another checkpoint of the run",
+            )
+    return str(place)
+
+
+def checkpoint_to_load(run: Path, warn: Callable[[str], None]) -> Path:
+    """The best checkpoint of a run if it keeps one, else the newest whose model is whole."""
+    candidates = list(reversed(step_directories(run)))
+    best = best_step(run)
+    if best is not None:
+        candidates.insert(0, best)
+    for folder in candidates:
+        fault = fault_of(folder, MODEL_FILES)
+        if fault is None:
+            return folder
+        warn(f"warning: {folder}: {fault}; using another checkpoint")
+    raise UserError(
+        f"{run}: no valid checkpoint",
+        expected="at least one step directory",
+        remedy="train it further with train_gpt2.py --resume",
     )
 
 
 def load_model(
     name: str | None, warn: Callable[[str], None] = print, dropout: float = 0.0
 ) -> tuple[GPT, tiktoken.Encoding, str]:
-    """Model, its encoding, and what was picked: from a hub name, any Hugging Face directory, a step directory or a
-    run directory (its best step if it keeps one, else its newest valid one); None is the newest run under runs/."""
-    place = newest_run() if name is None else Path(name)
-    if place.parts[:1] == ("runs",) and not place.exists():  # else it would be looked up on the hub
-        raise UserError(
-            f"{place}: no such run",
-            expected=", ".join(sorted(map(str, Path("runs").glob("*"))))
-            or "a run that train_gpt2.py has made",
-            remedy="check the name",
-        )
-    if is_run(place):
-        best = best_step(place)
-        if best is not None and (fault := problem(best)):
-            warn(f"warning: {best}: {fault}; using the newest checkpoint")
-            best = None
-        place = best or newest_valid(place, warn)
-        if place is None:
-            raise UserError(
-                f"{name or newest_run()}: no valid checkpoint",
-                expected="at least one step directory",
-                remedy="train it further with --resume",
-            )
-    elif place.is_dir() and (place / "manifest.json").exists() and (fault := problem(place)):
-        raise UserError(
-            f"{place}: {fault}",
-            expected="the files its manifest.json lists",
-            remedy="use another step of the run",
-        )
-    picked = str(place)
+    """The model that `name` stands for (see `resolve_model`), its encoding, and what was picked."""
+    picked = resolve_model(name, warn)
     model = GPT.from_pretrained(picked, dropout)
-    return model, encoding_of(model, picked), picked
+    return model, encoding_of(model.config, picked), picked
 
 
-def encoding_of(model: GPT, picked: str) -> tiktoken.Encoding:
-    """The encoding a model was trained with, told by the size of its vocabulary."""
-    for name, size in (("bytes", 257), ("gpt2", 50257)):
-        if model.config.vocab_size == size:
-            return get_encoding(name)
-    raise UserError(
-        f"{picked}: a vocabulary of {model.config.vocab_size:,} tokens",
-        expected="257 (bytes) or 50257 (gpt2)",
-        remedy="use a model with GPT-2's vocabulary",
+def describe_model(name: str) -> tuple[GPTConfig, str]:
+    """Shape and encoding of the model that `name` stands for; its weights are not read."""
+    picked = resolve_model(name, lambda line: None)
+    config = read_config(picked)
+    return config, encoding_of(config, picked).name
+
+
+def encoding_of(config: GPTConfig, picked: str) -> tiktoken.Encoding:
+    """The encoding that a model reads: named by its config.json, else known by its vocabulary."""
+    file = Path(picked, "config.json")
+    name = None
+    if file.is_file():
+        name = read_json(file, {}).get("encoding")
+    encoding = encoding_for(config.vocab_size, name, picked)
+    if Path(picked).is_dir():
+        check_tokenizer(Path(picked), encoding)
+    return encoding
+
+
+# ------------------------------------------------------------------------------------- tidying
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; never the best one.
+
+    It is called right after a checkpoint was committed, and damaged ones are set aside when a run
+    is resumed, so at least one valid checkpoint always stays.
+    """
+    best = best_step(run)
+    for folder in step_directories(run)[:-keep]:
+        if folder != best:
+            (folder / "manifest.json").unlink(missing_ok=True)  # half-removed, it is never valid
+            shutil.rmtree(folder)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it counts no more and a person can look at it."""
+    target = folder.with_name(f"damaged_{folder.name}")
+    remove(target)
+    folder.rename(target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a directory or a link (never what the link points to), if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+# ----------------------------------------------------------------------------------- log, begin
+
+
+def append(file: Path, line: str, flush_to_disk: bool) -> None:
+    """Add a line to a file. An OSError names the file, which a full disk does not do by itself."""
+    try:
+        with open(file, "a", encoding="utf-8") as f:
+            f.write(line)
+            f.flush()
+            if flush_to_disk:
+                os.fsync(f.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+
+
+def read_log(run: Path) -> list[dict]:
+    """The entries of log.jsonl in order; lines that are not entries are left out."""
+    file = run / "log.jsonl"
+    if not file.exists():
+        return []
+    entries = []
+    for line in file.read_bytes().splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if is_entry(entry):
+            entries.append(entry)
+    return entries
+
+
+def is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("event"), str)
+        and type(entry.get("step")) is int
     )
+
+
+def cut_log(run: Path, step: int, warn: Callable[[str], None]) -> None:
+    """Cut log.jsonl back to `step`, and drop lines that a crash has torn."""
+    file = run / "log.jsonl"
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    entries = read_log(run)
+    if len(entries) < len(lines):
+        warn(f"warning: {file}: left out {len(lines) - len(entries)} damaged lines")
+    kept = [entry for entry in entries if entry["step"] <= step]
+    content = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_file(file, content.encode())
+
+
+def keep_old_log(run: Path) -> None:
+    """Keep the log of a run that had saved nothing, and so begins anew, under another name."""
+    file = run / "log.jsonl"
+    if read_log(run):
+        number = 1
+        while (run / f"log-{number}.jsonl").exists():
+            number += 1
+        file.rename(run / f"log-{number}.jsonl")
+    write_file(file)
+
+
+def provenance() -> dict:
+    """Where and when a run was started, for whoever wants to repeat it."""
+    commit = None
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass  # not a git checkout
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "git_commit": commit,
+        "job": job_name(),
+    }
+
+
+def job_name() -> str | None:
+    """What the processes of one torchrun command have in common, through all their restarts."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":  # torchrun's default, which every job has: its own process tells them apart
+        return f"torchrun {os.getppid()} on {socket.gethostname()}"
+    return name

@@ -1,15 +1,29 @@
-"""Train GPT-2: from scratch or from existing weights, on a CPU, one GPU, or many under torchrun.
+"""Train GPT-2: from scratch or from existing weights, on a CPU, on one GPU, or on many.
 
-    python train_gpt2.py                                        # what can be trained here and now
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py      # GPT-2 124M on FineWeb-Edu (run fineweb.py first)
-    python train_gpt2.py --init-from gpt2 --data novel.txt      # fine-tune OpenAI's weights on your text
+    python train_gpt2.py                                     what can be trained here and now
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py   GPT-2 124M on eight GPUs
+    python train_gpt2.py --init-from gpt2 --data novel.txt   fine-tune OpenAI's weights on your text
 
-Reads token shards (tokens.py), writes a run directory (checkpoint.py): train.json, log.jsonl, curves.png, step_000500/.
+Reads token shards (tokens.py). Writes a run directory (run_directory.py). Ctrl-C finishes the step
+in hand, saves and exits; the same command with --resume goes on from there.
+
+Read it from the top: the configuration, the pieces of a training step, the loop, `main`. What
+follows `main` are the details of the command line.
 
 Shapes: B sequences per micro-batch, T = seq_len tokens per sequence, W ranks.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds, so that Ctrl-C ends them too
+    import cli
+
+    cli.exit_on_signals()
+
+
+import argparse
 import contextlib
+import dataclasses
+import datetime
+import functools
 import gc
 import hashlib
 import itertools
@@ -17,31 +31,46 @@ import json
 import math
 import os
 import secrets
-import signal
+import shlex
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tiktoken
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import cli
 import fineweb
 import hellaswag
 import run_directory
-from cli import Stopped, StopRequest, UserError, parse_flags, run_script
-from files import locked
-from model import GPT, GPTConfig, NextTokenLoss
-from plan import flops_per_token, plan, plan_time
+from cli import FailedElsewhere, Stopped, StopRequest, UserError, parse_flags, run_script
+from files import read_json
+from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
+from gradients import check_tree, sum_in_fixed_order
+from model import GPT, SIZES, GPTConfig, NextTokenLoss
+from optimizer import (
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from plan import flops_per_token, parameters, plan, plan_for, plan_time
 from plot import draw_curves
+from run_directory import RunDirectory
 from runtime import Runtime, peak_flops, start
 from sample import sample_text
 from tokens import (
     ENCODINGS,
+    SUFFIXES,
     TokenArray,
     TokenData,
     get_encoding,
@@ -50,129 +79,134 @@ from tokens import (
     training_windows,
 )
 
-FINEWEB_EDU = "edu_fineweb10B"  # where fineweb.py puts the 10B-token sample
-FIRST_RUN = "data/first-run"  # where fineweb.prepare_first_run() puts its corpus
-
-
-# ---------------------------------------------------------------------------------------------------- configuration
-
-# The flags, in the boxes of --help.
+# ------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
-class General:
-    recipe: str = "gpt2"  # the complete configuration that the other flags override: first-run, gpt2, gpt2-medium, gpt2-large, gpt2-xl, finetune
-    data: str = FINEWEB_EDU  # directory of token shards, or text, jsonl or parquet (a file or a glob), which is prepared once
-    tokenizer: Literal["gpt2", "bytes"] = (
-        "gpt2"  # encoding for text that has yet to be prepared; prepared data has its own
-    )
-    init_from: str = ""  # start from these weights: hub name, run, step or Hugging Face directory; empty: from random ones
-    out: str = ""  # run directory; empty: runs/<recipe>, with -2, -3, ... when taken
-    resume: bool = False  # continue the run in --out if there is one
-    eval_only: bool = False  # measure validation loss, perplexity and bits per byte of --init-from on --data, and stop
-    dry_run: bool = False  # print the plan and its cost, and stop
+class TrainConfig:
+    """Everything that decides a run. Each field is a flag, and its comment is the flag's help."""
 
+    # What is trained, on what, and where it is kept.
 
-@dataclass(frozen=True)
-class Model:
+    # complete configuration that the other flags override: first-run, finetune, gpt2, gpt2-medium,
+    # gpt2-large, gpt2-xl, gpt2-fast
+    recipe: str = "gpt2"
+    # directory of token shards, or text: a file, a folder or a glob, which is tokenised once
+    data: str = FINEWEB_EDU_FOLDER
+    # encoding for text that has yet to be tokenised; token shards say themselves what they hold
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    # weights to start from: hub name, run, checkpoint or Hugging Face directory; empty: random ones
+    init_from: str = ""
+    # run directory; empty: runs/<recipe>, or with -2, -3, … behind it where that is a run already
+    out: str = ""
+    resume: bool = False  # continue the run in --out; start it if there is none
+    config: str = ""  # a saved train.json to take all values from; other flags override them
+    eval_only: bool = False  # measure --init-from on --data, and train nothing
+    dry_run: bool = False  # print what the run would cost, and train nothing
+    gpus: int = 0  # number of GPUs that --dry-run plans for; 0: this machine
+    gpu: str = "H100"  # kind of these GPUs
+
+    # The model.
+
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels
-    seq_len: int = 1024  # tokens per sequence, the model's context
-    dropout: float = 0.0  # on embeddings, attention weights and residual branches
+    seq_len: int = 1024  # tokens per sequence, which is the model's context
+    dropout: float = 0.0  # share of embeddings, attention weights and block outputs set to zero
 
+    # How it learns.
 
-@dataclass(frozen=True)
-class Optimization:
-    max_steps: int = 19_073  # updates in all: the end of the run and of its learning-rate schedule
+    max_steps: int = 19_073  # updates in all: the end of the run and of its learning rate
     total_batch_tokens: int = 524_288  # tokens per update, over all ranks and micro-batches
-    micro_batch: int = 16  # sequences that go through the model at once on each rank; lower it when memory runs out
-    learning_rate: float = 6e-4  # peak, reached after the warm-up
-    min_lr: float = 6e-5  # where the cosine ends
-    warmup_steps: int = 715  # updates of linear warm-up
-    weight_decay: float = 0.1  # on matrices and embeddings only
-    grad_clip: float = 1.0  # largest gradient norm; longer gradients are scaled down
-    seed: int = 1337  # of weights, data order and dropout
+    # sequences that go through the model at once on each rank; lower it when memory runs out
+    micro_batch: int = 16
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices
+    learning_rate: float = 6e-4  # AdamW's peak, which the warm-up ends at
+    muon_learning_rate: float = 0.02  # Muon's peak, where it is used
+    schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls after the warm-up
+    min_lr: float = 6e-5  # learning rate that the cosine ends at; the linear schedule ends at zero
+    warmup_steps: int = 715  # updates in which the learning rate grows from zero to its peak
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.95  # AdamW's decay of the mean squared gradient
+    weight_decay: float = 0.1  # on matrices and embeddings, never on biases and layer norms
+    grad_clip: float = 1.0  # largest gradient norm; a longer gradient is scaled down to it
+    seed: int = 1337  # seed of the initial weights, of the order of the data, and of dropout
+    deterministic: bool = False  # the same bits at any number of ranks that is a power of two
 
+    # What is reported and kept. An interval of 0 means never.
 
-@dataclass(frozen=True)
-class Reporting:
-    eval_every: int = 250  # updates between validations (intervals: 0 means never)
+    eval_every: int = 250  # updates between two validations
     eval_tokens: int = 10_485_760  # validation tokens read each time, from the start of the split
-    hellaswag_every: int = 1000  # updates between HellaSwag scores
-    sample_every: int = 1000  # updates between samples
-    save_every: int = 1000  # updates between checkpoints
-    keep: int = 2  # newest checkpoints kept
-    keep_best: bool = False  # keep the checkpoint of lowest validation loss too, and prefer it when the run is loaded
-    wandb: bool = False  # send the log to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps it here)
+    hellaswag_every: int = 1000  # updates between two HellaSwag scores
+    sample_every: int = 1000  # updates between two samples
+    save_every: int = 1000  # updates between two checkpoints
+    keep: int = 2  # number of newest checkpoints that are kept
+    keep_best: bool = False  # keep the checkpoint of lowest validation loss too, and load that one
+    # send the log to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps it here)
+    wandb: bool = False
 
+    # The machine.
 
-@dataclass(frozen=True)
-class Machine:
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of matrix products; auto: bfloat16 where the hardware has it
-    )
-    compile: bool = True  # torch.compile the training step
+    # dtype of matrix products; auto: bfloat16 where the hardware has it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = True  # compile the training step with torch.compile
 
-
-@dataclass(frozen=True)
-class TrainConfig(
-    Machine, Reporting, Optimization, Model, General
-):  # fields are inherited from right to left
     def __post_init__(self):
-        for name in (
-            "n_layer",
-            "n_head",
-            "n_embd",
-            "seq_len",
-            "max_steps",
-            "total_batch_tokens",
-            "micro_batch",
-            "eval_tokens",
-            "keep",
-        ):
+        at_least_one = ("n_layer", "n_head", "n_embd", "seq_len", "max_steps", "micro_batch")
+        for name in (*at_least_one, "total_batch_tokens", "eval_tokens", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "eval_every",
-            "hellaswag_every",
-            "sample_every",
-            "save_every",
-            "warmup_steps",
-            "weight_decay",
-            "min_lr",
-        ):
+        intervals = ("eval_every", "hellaswag_every", "sample_every", "save_every")
+        for name in (*intervals, "warmup_steps", "weight_decay", "min_lr"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
-        self._require("learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
-        self._require("grad_clip", 0 < self.grad_clip < math.inf, "a positive number")
-        self._require("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
+        for name in ("learning_rate", "muon_learning_rate", "grad_clip"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("dropout", "beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         self._require("seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
         if self.total_batch_tokens % self.seq_len:
-            near = max(1, round(self.total_batch_tokens / self.seq_len)) * self.seq_len
+            nearest = max(1, round(self.total_batch_tokens / self.seq_len)) * self.seq_len
             raise UserError(
                 f"--total-batch-tokens {self.total_batch_tokens}",
                 expected=f"a multiple of --seq-len {self.seq_len}",
-                remedy=f"for example {near}",
+                remedy=f"for example {nearest}",
             )
 
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(self, name)}",
-                expected=expected,
-                remedy="change the flag",
-            )
+            value = getattr(self, name)
+            raise UserError(f"{flag(name)} {value}", expected=expected, remedy="give another value")
 
     @property
     def sequences_per_step(self) -> int:
+        """Sequences per update, over all ranks and micro-batches."""
         return self.total_batch_tokens // self.seq_len
 
 
-# Learning rates, batches and warm-up of GPT-2's sizes: GPT-3 paper, table 2.1 and appendix B; 10B tokens each.
+def flag(name: str) -> str:
+    """How the command line spells a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def gpt2_recipe(size: str, **changes) -> TrainConfig:
+    """GPT-2 of a named size, trained as GPT-3 table 2.1 says; see RECIPES."""
+    shape = SIZES[size]
+    return TrainConfig(
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        seq_len=shape.block_size,
+        **({"recipe": size} | changes),
+    )
+
+
+# The learning rates, batches and warm-ups of GPT-2's sizes are those of the GPT-3 paper (table 2.1
+# and appendix B): 0.5M tokens a batch, 1M for XL, a warm-up over 375M tokens, then a cosine down to
+# a tenth of the peak. Each trains on 10B tokens.
 RECIPES = {
     "first-run": TrainConfig(
         recipe="first-run",
-        data=FIRST_RUN,
+        data=FIRST_RUN_FOLDER,
         tokenizer="bytes",
         n_layer=4,
         n_head=4,
@@ -181,46 +215,17 @@ RECIPES = {
         max_steps=4_200,
         total_batch_tokens=1024,
         micro_batch=8,
-        learning_rate=4e-3,
-        min_lr=1e-4,
-        warmup_steps=200,
+        optimizer="muon",
+        schedule="linear",
+        learning_rate=8e-3,
+        min_lr=0.0,
+        warmup_steps=210,
         eval_every=600,
         eval_tokens=131_072,
         hellaswag_every=0,
         sample_every=2100,
         save_every=2100,
         compile=False,
-    ),
-    "gpt2": TrainConfig(),
-    "gpt2-medium": TrainConfig(
-        recipe="gpt2-medium",
-        n_layer=24,
-        n_head=16,
-        n_embd=1024,
-        micro_batch=8,
-        learning_rate=3e-4,
-        min_lr=3e-5,
-    ),
-    "gpt2-large": TrainConfig(
-        recipe="gpt2-large",
-        n_layer=36,
-        n_head=20,
-        n_embd=1280,
-        micro_batch=2,
-        learning_rate=2.5e-4,
-        min_lr=2.5e-5,
-    ),
-    "gpt2-xl": TrainConfig(
-        recipe="gpt2-xl",
-        n_layer=48,
-        n_head=25,
-        n_embd=1600,
-        micro_batch=4,
-        learning_rate=2e-4,
-        min_lr=2e-5,
-        max_steps=9_536,
-        total_batch_tokens=1_048_576,
-        warmup_steps=358,
     ),
     "finetune": TrainConfig(
         recipe="finetune",
@@ -241,12 +246,42 @@ RECIPES = {
         keep_best=True,
         compile=False,
     ),
+    "gpt2": gpt2_recipe("gpt2"),
+    "gpt2-medium": gpt2_recipe("gpt2-medium", micro_batch=8, learning_rate=3e-4, min_lr=3e-5),
+    "gpt2-large": gpt2_recipe("gpt2-large", micro_batch=2, learning_rate=2.5e-4, min_lr=2.5e-5),
+    "gpt2-xl": gpt2_recipe(
+        "gpt2-xl",
+        micro_batch=4,
+        learning_rate=2e-4,
+        min_lr=2e-5,
+        max_steps=9_536,
+        total_batch_tokens=1_048_576,
+        warmup_steps=358,
+    ),
+    # Half the tokens by Muon (docs/recipes.md). Its rates are those of modded-nanogpt's early
+    # records, on a model that is nearly GPT-2. It has not been run at this size.
+    "gpt2-fast": gpt2_recipe(
+        "gpt2",
+        recipe="gpt2-fast",
+        optimizer="muon",
+        schedule="linear",
+        learning_rate=3.6e-3,
+        muon_learning_rate=0.02,
+        min_lr=0.0,
+        weight_decay=0.05,
+        max_steps=9_536,
+        warmup_steps=250,
+    ),
 }
 
-# What may differ when a run is resumed; every other flag would change what is learned.
+# What may differ when a run is continued. Every other flag is refused then: those that change what
+# is learned, and those that decide what is compared (eval_tokens, keep_best) or where weights came
+# from (init_from). Other data is recognised by its fingerprint, not by its path.
 FREE_ON_RESUME = {
     "out",
     "resume",
+    "config",
+    "data",
     "device",
     "micro_batch",
     "compile",
@@ -258,245 +293,631 @@ FREE_ON_RESUME = {
     "keep",
     "eval_only",
     "dry_run",
+    "gpus",
+    "gpu",
 }
 
 
-def read_config(args: list[str]) -> tuple[TrainConfig, str]:
-    """The configuration, and one line on where it comes from: recipe, then a resumed run's train.json, then flags."""
-    import tyro
-
-    # First only what decides on the defaults: the other flags are read, and judged, with them.
-    given, _ = tyro.cli(
-        General,
-        default=General(recipe="", data=""),
-        args=[a for a in args if a not in ("-h", "--help")],
-        return_unknown_args=True,
-    )
-    if given.recipe:
-        recipe, why = given.recipe, "as asked"
-    elif given.init_from:
-        recipe, why = "finetune", "because --init-from is given"
-    elif (given.data or FINEWEB_EDU) == FINEWEB_EDU and Path(FINEWEB_EDU).is_dir():
-        recipe, why = "gpt2", f"because {FINEWEB_EDU}/ is here"
-    else:
-        recipe, why = (
-            "first-run",
-            f"on {given.data}"
-            if given.data
-            else f"because there is no {FINEWEB_EDU}/ here (fineweb.py makes it)",
-        )
-    if recipe not in RECIPES:
-        raise UserError(
-            f"--recipe {recipe}",
-            expected=f"one of {', '.join(RECIPES)}",
-            remedy="choose one of them",
-        )
-    base = RECIPES[recipe]
-    out = Path(given.out or f"runs/{recipe}")
-    if given.resume and not given.out:
-        out = taken(out)[-1] if taken(out) else out
-    saved = out / "train.json"
-    if given.resume and saved.exists():
-        try:
-            base = TrainConfig(**json.loads(saved.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{saved}: {error}",
-                expected="a configuration this version wrote",
-                remedy="start a new run",
-            ) from None
-        recipe, why = given.recipe or base.recipe, f"resuming {out}"
-    elif given.init_from and not {"-h", "--help"} & set(args):
-        model, encoding, _ = run_directory.load_model(given.init_from)
-        c = model.config
-        base = replace(
-            base,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            n_embd=c.n_embd,
-            seq_len=min(base.seq_len, c.block_size),
-            tokenizer=encoding.name,
-        )
-    config = parse_flags(TrainConfig, replace(base, recipe=recipe), __doc__, args)
-    if given.resume and saved.exists():
-        changed = [
-            f.name
-            for f in fields(TrainConfig)
-            if f.name not in FREE_ON_RESUME and getattr(config, f.name) != getattr(base, f.name)
-        ]
-        if changed:
-            what = ", ".join(
-                f"--{n.replace('_', '-')} {getattr(config, n)} (the run has {getattr(base, n)})"
-                for n in changed
-            )
-            raise UserError(
-                f"{what}",
-                expected=f"flags that do not change what {out} learns",
-                remedy="drop them, or start a new run in another --out",
-            )
-    if given.out and not given.resume and run_directory.is_run(out):
-        raise UserError(
-            f"--out {out}: holds a run",
-            expected="a new directory",
-            remedy="continue that run with --resume, or choose another --out",
-        )
-    if not given.out and not given.resume and taken(out):
-        out = out.with_name(f"{out.name}-{len(taken(out)) + 1}")
-    return replace(config, out=str(out)), f"recipe {recipe}, {why}"
-
-
-def taken(out: Path) -> list[Path]:
-    """The existing runs among out, out-2, out-3, …, up to the first free name."""
-    runs = []
-    while run_directory.is_run(
-        name := out if not runs else out.with_name(f"{out.name}-{len(runs) + 1}")
-    ):
-        runs.append(name)
-    return runs
-
-
-# ---------------------------------------------------------------------------------------------------- the pieces
+# ---------------------------------------------------------------------------------- the pieces
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from the peak to min_lr at max_steps (GPT-3, appendix B); step counts from 0."""
+    """AdamW's learning rate of an update; `step` counts from 0 to max_steps - 1.
+
+    1) Warm-up: it grows linearly and reaches its peak with update `warmup_steps`.
+    2) cosine: half a cosine wave down to min_lr at max_steps (GPT-3, appendix B).
+       linear: a straight line down to zero at max_steps.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (
-        config.learning_rate - config.min_lr
-    )
-
-
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (GPT-3, appendix B): decay on matrices and embeddings, none on biases and layer norms."""
-    groups = [
-        {
-            "params": [p for p in model.parameters() if p.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True
-    )
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - progress)
+    height = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 down to 0
+    return config.min_lr + height * (config.learning_rate - config.min_lr)
 
 
 def step_batch(
     data: TokenArray, config: TrainConfig, step: int, rank: int, world_size: int
 ) -> torch.Tensor:
-    """The windows that `rank` trains on in `step`, int64 (sequences_per_step / W, T + 1): its slice of the global batch."""
-    share = config.sequences_per_step // world_size
-    first = step * config.sequences_per_step + rank * share
-    return torch.from_numpy(
-        data.windows(
-            training_windows(first, share, data.num_windows(config.seq_len), config.seed),
-            config.seq_len,
-        )
-    )
+    """The windows that `rank` trains on in `step`, int64 (sequences_per_step / W, T + 1).
+
+    They are the rank's part of the step's samples; see tokens.training_windows.
+    """
+    count = config.sequences_per_step // world_size
+    first = step * config.sequences_per_step + rank * count
+    indices = training_windows(first, count, data.num_windows(config.seq_len), config.seed)
+    return torch.from_numpy(data.windows(indices, config.seq_len))
+
+
+def step_batches(
+    data: TokenArray, config: TrainConfig, first_step: int, rt: Runtime
+) -> Iterator[torch.Tensor]:
+    """This rank's batches from `first_step` to the end, each read while the one before is used."""
+
+    def read(step: int) -> torch.Tensor:
+        batch = step_batch(data, config, step, rt.rank, rt.world_size)
+        return batch.pin_memory() if rt.device.type == "cuda" else batch
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as background:
+        upcoming = background.submit(read, first_step)
+        for step in range(first_step, config.max_steps):
+            batch = upcoming.result()
+            upcoming = background.submit(read, step + 1)
+            yield batch
+
+
+def make_loss(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Module:
+    """The training forward: `loss(idx, targets)`, distributed and compiled as configured.
+
+    DDP averages gradients over ranks in the backward pass of what its own forward has computed, so
+    it wraps the module whose forward is the loss. torch.compile compiles that forward and its
+    backward, with DDP's averaging in between. Nothing else is wrapped or compiled: evaluation,
+    samples and checkpoints use `model` itself.
+    """
+    loss = NextTokenLoss(model)
+    if rt.world_size > 1 and not config.deterministic:
+        devices = [rt.device] if rt.device.type == "cuda" else None
+        loss = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+    if config.compile:
+        loss = rt.compile(loss, config.seq_len)
+    if rt.world_size > 1 and not config.deterministic:
+        settle_buckets(loss, model, config, rt)
+    return loss
+
+
+def settle_buckets(loss_fn: nn.Module, model: GPT, config: TrainConfig, rt: Runtime) -> None:
+    """Let DDP lay out its buckets before the first step.
+
+    DDP sorts gradients into buckets by guess, and sorts them anew after the first backward pass.
+    The order in which gloo sums depends on the buckets. Without this a resumed run would have one
+    step with the guessed layout that the undisturbed run has not, and three ranks or more would
+    part from it in the last bits.
+    """
+    B = sequences_at_once(config)
+    idx = torch.zeros(B, config.seq_len, dtype=torch.long, device=rt.device)
+    for _ in range(2):
+        with rt.autocast(), rt.attention(config.seq_len):
+            loss_fn(idx, idx).backward()
+    model.zero_grad(set_to_none=False)
 
 
 def train_step(
-    loss_fn: torch.nn.Module,
-    optimizer: torch.optim.AdamW,
+    loss_fn: nn.Module,
+    optimizer: torch.optim.Optimizer,
     batch: torch.Tensor,
     config: TrainConfig,
     rt: Runtime,
-    stop: int = 0,
-) -> tuple[float, float, bool]:
-    """One update from this rank's windows (B·n, T + 1). Returns the global mean loss before the update, the gradient
-    norm before clipping, and whether any rank was asked to stop.
+    step: int = 0,
+) -> tuple[float, float]:
+    """One update from this rank's windows, int64 (sequences_per_step / W, T + 1).
 
-    loss_fn is NextTokenLoss, perhaps under DDP, perhaps compiled. Raises UserError on every rank, before the update,
-    when loss or norm is not finite.
+    Returns the mean loss of the global batch before the update, in nats per token, and the norm of
+    its gradient before clipping. Raises UserError on every rank, before anything is updated, when
+    one of them is not finite. `step` seeds dropout.
     """
-    micro_batches = batch.split(config.micro_batch)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # 1) After this line every rank holds the gradient of the mean loss of the global batch.
+    if config.deterministic:
+        loss = backward_in_fixed_order(loss_fn, parameters, batch, config, rt, step)
+    else:
+        loss = backward(loss_fn, batch, config, rt, step)
+    # 2) After this line it is no longer than grad_clip.
+    gradient_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    loss, gradient_norm = torch.stack([loss, gradient_norm.to(loss)]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        raise UserError(
+            f"loss {loss}, gradient norm {gradient_norm} in update {step + 1}",
+            expected="finite numbers",
+            remedy="nothing was updated; go on from the last checkpoint with --resume if there is "
+            "one, or start anew with a lower --learning-rate",
+        )
+    # 3) After this line the weights are updated, the same on every rank.
+    optimizer.step()
+    # DDP's gradients are parts of its buckets. Dropping them would make it copy them back.
+    optimizer.zero_grad(set_to_none=rt.world_size == 1)
+    return loss, gradient_norm
+
+
+def backward(
+    loss_fn: nn.Module, batch: torch.Tensor, config: TrainConfig, rt: Runtime, step: int
+) -> torch.Tensor:
+    """Accumulate the gradient over micro-batches and ranks; returns the mean loss of all."""
+    micro_batches = batch.split(sequences_at_once(config))
     total = torch.zeros((), device=rt.device)
     for i, windows in enumerate(micro_batches):
-        windows = windows.to(rt.device, non_blocking=True)
-        # Gradients are summed over ranks once, in the last backward; before it each rank accumulates alone.
-        last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last or rt.world_size == 1 else loss_fn.no_sync():
-            with rt.autocast(), rt.attention(config.seq_len):
-                loss = loss_fn(windows[:, :-1], windows[:, 1:]) / len(micro_batches)
+        is_last = i == len(micro_batches) - 1
+        # Ranks accumulate alone until the last micro-batch. In its backward pass DDP averages what
+        # has been accumulated over the ranks: the one time in a step that gradients meet.
+        alone = rt.world_size > 1 and not is_last
+        with loss_fn.no_sync() if alone else contextlib.nullcontext():
+            loss = micro_batch_loss(loss_fn, windows, config, rt, step, i)
+            loss = loss / len(micro_batches)
             loss.backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], config.grad_clip
-    )
-    loss, norm, stops = rt.sum(
-        torch.stack([total, norm.to(total), torch.full_like(total, float(stop != 0))])
-    ).tolist()
-    loss, norm = (
-        loss / rt.world_size,
-        norm / rt.world_size,
-    )  # DDP leaves the same norm on every rank
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(
-            f"loss {loss}, gradient norm {norm}",
-            expected="finite numbers",
-            remedy="nothing was updated or saved; continue from the last checkpoint with --resume, or start anew with a lower --learning-rate",
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm, stops > 0
+    return rt.sum(total) / rt.world_size
+
+
+def backward_in_fixed_order(
+    loss_fn: nn.Module,
+    parameters: list[nn.Parameter],
+    batch: torch.Tensor,
+    config: TrainConfig,
+    rt: Runtime,
+    step: int,
+) -> torch.Tensor:
+    """The same, summed in an order that does not depend on the number of ranks (gradients.py)."""
+    micro_batches = batch.split(sequences_at_once(config))
+
+    def gradients() -> Iterator[list[torch.Tensor]]:
+        for i, windows in enumerate(micro_batches):
+            loss = micro_batch_loss(loss_fn, windows, config, rt, step, i)
+            loss = loss / (len(micro_batches) * rt.world_size)
+            loss.backward()
+            yield [loss.detach(), *(p.grad for p in parameters)]
+            for p in parameters:
+                p.grad = None
+
+    loss, *summed = sum_in_fixed_order(gradients(), rt)
+    for p, gradient in zip(parameters, summed, strict=True):
+        p.grad = gradient
+    return loss
+
+
+def sequences_at_once(config: TrainConfig) -> int:
+    """The size of a micro-batch; with dropout each sequence is one of its own."""
+    return 1 if config.dropout else config.micro_batch
+
+
+def micro_batch_loss(
+    loss_fn: nn.Module, windows: torch.Tensor, config: TrainConfig, rt: Runtime, step: int, i: int
+) -> torch.Tensor:
+    """The mean loss of micro-batch i of this rank, windows int64 (B, T + 1)."""
+    if config.dropout:
+        # Each sequence goes through alone, with noise that only the seed and its number decide.
+        # So neither the number of ranks nor --micro-batch changes what is learned.
+        first = rt.rank * (config.sequences_per_step // rt.world_size)
+        sequence = step * config.sequences_per_step + first + i
+        torch.manual_seed((config.seed + 1_000_003 * sequence) % 2**63)
+    windows = windows.to(rt.device, non_blocking=True)
+    with rt.autocast(), rt.attention(config.seq_len):
+        return loss_fn(windows[:, :-1], windows[:, 1:])
 
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, data: TokenArray, config: TrainConfig, rt: Runtime, bytes_per_token: np.ndarray
+    model: GPT,
+    data: TokenArray,
+    config: TrainConfig,
+    rt: Runtime,
+    bytes_per_token: np.ndarray,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Validation loss in nats per token and bits per byte, over the first eval_tokens tokens of the split, in order:
-    the same tokens at any world size. bytes_per_token is tokens.token_bytes of the encoding."""
+    """Validation loss over the first `eval_tokens` tokens of a split, the same on any ranks.
+
+    Returns val_loss in nats per token, bits_per_byte, and eval_tokens, the number of tokens
+    predicted. bytes_per_token is tokens.token_bytes of the encoding. Batch i is read by rank i mod
+    W. `between_batches` is called equally often on every rank, and may raise to end the evaluation.
+    """
     model.eval()
-    loss_fn, T = NextTokenLoss(model), config.seq_len
-    budget = min(config.eval_tokens, len(data) - 1)
-    full = budget // T
-    batches = [
-        np.arange(i, min(i + config.micro_batch, full)) for i in range(0, full, config.micro_batch)
-    ]
-    windows = (torch.from_numpy(data.windows(ks, T)) for ks in batches[rt.rank :: rt.world_size])
-    if budget % T and rt.is_main:  # the end of a short split, in a row of its own
-        windows = itertools.chain(
-            windows, [torch.from_numpy(data.read(full * T, budget + 1).astype(np.int64))[None]]
-        )
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for w in windows:
-        with rt.autocast():
-            loss = loss_fn(w[:, :-1].to(rt.device), w[:, 1:].to(rt.device))
-        count = w[:, 1:].numel()
-        sums += torch.tensor(
-            [loss.item() * count, count, bytes_per_token[w[:, 1:].numpy()].sum()],
-            dtype=torch.float64,
-        )
-    model.train()
-    nats, tokens, size = rt.sum(sums).tolist()
+    loss_fn = NextTokenLoss(model)
+    batches = evaluation_batches(data, config)
+    results = torch.zeros(len(batches), 3, dtype=torch.float64)  # nats, tokens, bytes of each batch
+    try:
+        for first in range(0, len(batches), rt.world_size):
+            between_batches()
+            i = first + rt.rank
+            if i >= len(batches):
+                continue
+            windows = batches[i]()
+            idx, targets = windows[:, :-1], windows[:, 1:]
+            with rt.autocast(), rt.attention(config.seq_len):
+                loss = loss_fn(idx.to(rt.device), targets.to(rt.device)).item()
+            text_bytes = bytes_per_token[targets.numpy()].sum()
+            results[i] = torch.tensor([loss * targets.numel(), targets.numel(), text_bytes])
+    finally:
+        model.train()
+    nats = tokens = text_bytes = 0.0
+    for row in rt.sum(results).tolist():  # in the order of batches, whoever read them
+        nats += row[0]
+        tokens += row[1]
+        text_bytes += row[2]
     return {
         "val_loss": nats / tokens,
-        "bits_per_byte": nats / math.log(2) / max(size, 1),
+        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
         "eval_tokens": int(tokens),
     }
 
 
-# ---------------------------------------------------------------------------------------------------- the run
+def evaluation_batches(data: TokenArray, config: TrainConfig) -> list[Callable[[], torch.Tensor]]:
+    """What an evaluation reads, in order: functions that return windows, int64 (B, up to T + 1)."""
+    T = config.seq_len
+    tokens = min(config.eval_tokens, len(data) - 1)  # tokens to predict
+    full_windows = tokens // T
+
+    def read_windows(first: int) -> torch.Tensor:
+        last = min(first + config.micro_batch, full_windows)
+        return torch.from_numpy(data.windows(np.arange(first, last), T))
+
+    def read_rest() -> torch.Tensor:
+        rest = data.read(full_windows * T, tokens + 1)
+        return torch.from_numpy(rest.astype(np.int64))[None]
+
+    starts = range(0, full_windows, config.micro_batch)
+    batches = [lambda first=first: read_windows(first) for first in starts]
+    if tokens % T:
+        batches.append(read_rest)
+    return batches
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `main` has built, as it travels through the loop."""
+
+    config: TrainConfig
+    rt: Runtime
+    data: TokenData
+    encoding: tiktoken.Encoding
+    model: GPT  # the plain one, neither compiled nor distributed
+    optimizer: torch.optim.Optimizer
+    run: RunDirectory
+    hellaswag_items: list[hellaswag.Item] | None
+
+
+class StopAgreed(Exception):
+    """At least one rank has been asked to stop, and every rank has heard of it."""
+
+
+def train(training: Training) -> None:
+    """Train from the step that the run stands at to max_steps.
+
+    At the head of the loop the model has seen exactly `step` updates. Whether to stop is asked
+    there, and between the batches of an evaluation. A stop saves first; what else was due at that
+    step is done when the run is continued.
+    """
+    config, rt, run = training.config, training.rt, training.run
+    loss_fn = make_loss(training.model, config, rt)
+    batches = step_batches(training.data.train, config, run.step, rt)
+    spare_garbage_collector()
+    step = run.step
+    with StopRequest() as stop, Progress(config, rt, run.step) as progress:
+        check_stop = functools.partial(raise_if_any_rank_stops, stop, rt)
+        try:
+            for step in range(run.step, config.max_steps + 1):
+                check_stop()
+                if is_due("save", step, training):
+                    save(step, training)
+                if is_due("eval", step, training):
+                    progress.validation_loss = validate(step, training, check_stop)
+                if is_due("hellaswag", step, training):
+                    score(step, training, check_stop)
+                if is_due("sample", step, training):
+                    write_sample(step, training)
+                if step == config.max_steps:
+                    break
+                began = time.perf_counter()
+                rate = learning_rate(step, config)
+                set_learning_rate(training.optimizer, rate)
+                batch = next(batches)
+                loss, norm = train_step(loss_fn, training.optimizer, batch, config, rt, step)
+                seconds = time.perf_counter() - began
+                run.elapsed += seconds
+                speed = progress.step_done(step + 1, loss, seconds)
+                run.log(
+                    "train",
+                    step + 1,
+                    loss=loss,
+                    lr=rate,
+                    grad_norm=norm,
+                    **speed,
+                    elapsed=round(run.elapsed, 3),
+                )
+        except StopAgreed:
+            if config.save_every:
+                save(step, training)
+            run.wait_for_commit()
+            rt.say(how_to_go_on(step, config, run))
+            raise Stopped(rt.largest(stop.signum)) from None
+    run.wait_for_commit()
+    rt.say("", *progress.summary(run.elapsed))
+
+
+def raise_if_any_rank_stops(stop: StopRequest, rt: Runtime) -> None:
+    """Raise StopAgreed on every rank once one of them has been signalled."""
+    if rt.largest(stop.signum):
+        raise StopAgreed
+
+
+def is_due(event: str, step: int, training: Training) -> bool:
+    """Whether an event falls on this step: at multiples of its interval, and after the last update.
+
+    Before the first update only validation does. A continued run repeats nothing of the step that
+    it continues from.
+    """
+    every = getattr(training.config, f"{event}_every")
+    if every == 0 or (step == 0 and event != "eval"):
+        return False
+    if training.run.has_logged(event, step):
+        return False
+    return step % every == 0 or step == training.config.max_steps
+
+
+def save(step: int, training: Training) -> None:
+    """Commit the checkpoint of this step, unless it is there already."""
+    training.run.save(
+        step,
+        training.model,
+        functools.partial(optimizer_tensors, training.model, training.optimizer),
+        encoding=training.encoding,
+        data_fingerprint=training.data.fingerprint,
+        keep=training.config.keep,
+    )
+
+
+def validate(step: int, training: Training, check_stop: Callable[[], None]) -> float:
+    """Log the validation loss, keep the checkpoint if it is the best and the recipe wants it."""
+    config, rt, run = training.config, training.rt, training.run
+    bytes_per_token = token_bytes(training.encoding)
+    result = evaluate(training.model, training.data.val, config, rt, bytes_per_token, check_stop)
+    loss = result["val_loss"]
+    # The best is marked before the result is logged. Whoever is killed in between validates this
+    # step again when the run is continued, and finds the same.
+    if config.keep_best and step > 0 and loss < run.lowest_validation_loss():
+        save(step, training)
+        run.mark_best(step, loss)
+    run.log("eval", step, **result)
+    rt.say(
+        f"step {step:>6}  validation loss {loss:.4f} nats per token, "
+        f"{result['bits_per_byte']:.4f} bits per byte"
+    )
+    if rt.is_main:
+        draw_curves_or_warn(run.folder)
+    return loss
+
+
+def score(step: int, training: Training, check_stop: Callable[[], None]) -> None:
+    """Log the HellaSwag score."""
+    result = hellaswag.evaluate(
+        training.model,
+        training.encoding,
+        training.hellaswag_items,
+        rt=training.rt,
+        between_batches=check_stop,
+    )
+    values = {"acc": result.acc, "acc_norm": result.acc_norm, "items": result.items}
+    training.run.log("hellaswag", step, **values)
+    training.rt.say(
+        f"step {step:>6}  HellaSwag acc {result.acc:.4f}, acc_norm {result.acc_norm:.4f} "
+        f"on {result.items:,} items"
+    )
+
+
+def write_sample(step: int, training: Training) -> None:
+    """Log a text that the model writes from nothing, the same seed each time. Rank 0 alone."""
+    config, rt = training.config, training.rt
+    if not rt.is_main:
+        return
+    generator = torch.Generator(rt.device).manual_seed(config.seed)
+    with rt.autocast():
+        (text,) = sample_text(
+            training.model,
+            training.encoding,
+            prompt="",
+            num=1,
+            max_new_tokens=300,
+            temperature=0.8,
+            top_k=50,
+            generator=generator,
+        )
+    training.run.log("sample", step, text=text)
+    rt.say(f"step {step:>6}  sample:", text)
+
+
+# --------------------------------------------------------------------------------------- main
+
+
+def main(args: list[str] | None = None) -> None:
+    """Configuration, runtime, run directory, data, model, optimizer, loop."""
+    args = sys.argv[1:] if args is None else args
+    config, why = read_config(with_resume_after_restart(args))
+    rt = start(config.device, config.dtype)
+    if config.eval_only:
+        evaluate_only(config, rt)
+        return
+    rt.say(why, describe_runtime(rt, config))
+    if not config.gpus:
+        check_batch(config, rt.world_size)
+    if config.dry_run:
+        rt.say(*dry_run(config, rt))
+        return
+    with open_run_directory(config, rt) as run:
+        data = prepare_data(config, rt)
+        check_agreement(config, data, rt)
+        checkpoint = rt.on_main(run.resume) if config.resume else None
+        model = build_model(config, data, rt, checkpoint)
+        optimizer = make_optimizer(model, config)
+        if checkpoint:
+            load_checkpoint(checkpoint, model, optimizer, run, data)
+        else:
+            saved = replace(config, resume=False, out="", tokenizer=data.encoding)
+            rt.on_main(lambda: run.begin(asdict(saved)))
+        if config.wandb and rt.is_main:
+            run.also_log = open_wandb(config, run.folder)
+        items = hellaswag.find_items(rt) if config.hellaswag_every else None
+        encoding = get_encoding(data.encoding)
+        training = Training(config, rt, data, encoding, model, optimizer, run, items)
+        rt.say(*describe_run(training, checkpoint))
+        train(training)
+        rt.say(*what_next(training))
+
+
+def describe_runtime(rt: Runtime, config: TrainConfig) -> str:
+    kernels = [kernel.name for kernel in rt.attention_kernels(config.seq_len)]
+    names = " > ".join(name.removesuffix("_ATTENTION").lower() for name in kernels)
+    dtype = str(rt.dtype).removeprefix("torch.")
+    ranks = f"{rt.world_size} rank{'s' * (rt.world_size > 1)}"
+    return f"running on     {rt.device.type}, {dtype}, {ranks}, attention kernels {names}"
+
+
+def describe_run(training: Training, checkpoint: Path | None) -> list[str]:
+    """The plan of the run, and where its data and its directory are."""
+    config, data, run = training.config, training.data, training.run
+    model_config = training.model.config
+    lines = plan(
+        model_config,
+        training.rt,
+        config.max_steps,
+        config.total_batch_tokens,
+        config.micro_batch,
+    )
+    lines.append(
+        f"data           {config.data}: {len(data.train):,} training and {len(data.val):,} "
+        f"validation tokens ({data.encoding})"
+    )
+    where = f"run directory  {run.folder}"
+    if checkpoint:
+        where += f", continuing after step {run.step}"
+    lines += [where, ""]
+    if config.warmup_steps >= config.max_steps:
+        lines.append(
+            f"note: {config.warmup_steps} steps of warm-up in a run of {config.max_steps}: the "
+            "learning rate stays below its peak; --warmup-steps lowers it"
+        )
+    return lines
+
+
+def dry_run(config: TrainConfig, rt: Runtime) -> list[str]:
+    """What the run would cost."""
+    name = config.tokenizer
+    if Path(config.data).is_dir():
+        name = open_data(config.data).encoding
+    model_config = GPTConfig(
+        config.n_layer,
+        config.n_head,
+        config.n_embd,
+        config.seq_len,
+        ENCODINGS[name],
+        config.dropout,
+    )
+    run = (config.max_steps, config.total_batch_tokens)
+    if config.gpus:
+        return plan_for(model_config, config.gpus, config.gpu, *run, config.micro_batch)
+    return [*plan(model_config, rt, *run, config.micro_batch), *plan_time(model_config, rt, *run)]
+
+
+def how_to_go_on(step: int, config: TrainConfig, run: RunDirectory) -> str:
+    """The last line of a run that was stopped."""
+    if run.last_saved != step:
+        return f"stopped after step {step}; nothing was saved, since --save-every is 0"
+    command = [*launcher(), "--out", str(run.folder), "--resume"]
+    return f"stopped after step {step}; to go on: {shlex.join(command)}"
+
+
+def launcher() -> list[str]:
+    """The command that this process was started with, up to the script's flags."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", "train_gpt2.py"]
+    return ["python", "train_gpt2.py"]
+
+
+def what_next(training: Training) -> list[str]:
+    """What can be done with the finished run."""
+    config, run = training.config, training.run
+    folder = shlex.quote(str(run.folder))
+    if not config.save_every:
+        return [f"The log and the curves are in {folder}/. No checkpoint: --save-every is 0."]
+    lines = [f"Saved in {folder}/: checkpoints, log.jsonl, curves.png. Next:"]
+    lines.append(f"  python sample.py --model {folder} --num-samples 3")
+    if config.recipe == "first-run" and same_path(config.data, FIRST_RUN_FOLDER):
+        lines.append(f"  python train_gpt2.py --init-from {folder} --data input.txt")
+    lines.append(f"  python hellaswag.py --model {folder}")
+    return lines
+
+
+def evaluate_only(config: TrainConfig, rt: Runtime) -> None:
+    """Print loss, perplexity and bits per byte of --init-from on --data; keep nothing.
+
+    Token shards are measured on their validation split, text on the whole of it.
+    """
+    if not config.init_from:
+        raise UserError(
+            "--eval-only without --init-from",
+            expected="the model to measure",
+            remedy="for example --init-from gpt2",
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        data, split, what = data_to_measure(config, rt, Path(scratch))
+        model = build_model(config, data, rt, None)
+        bytes_per_token = token_bytes(get_encoding(data.encoding))
+        result = evaluate(model, split, config, rt, bytes_per_token)
+    rt.say(
+        f"validation loss {result['val_loss']:.4f} nats per token",
+        f"perplexity      {math.exp(result['val_loss']):.2f} per token",
+        f"bits per byte   {result['bits_per_byte']:.4f}",
+        f"measured on     {result['eval_tokens']:,} of the {len(split):,} tokens of {what}, "
+        f"in windows of {config.seq_len:,}",
+    )
+
+
+def data_to_measure(
+    config: TrainConfig, rt: Runtime, scratch: Path
+) -> tuple[TokenData, TokenArray, str]:
+    """The data of --eval-only, the part of it to read, and what to call that part."""
+    if os.path.isdir(config.data) and holds_shards(config.data):
+        data = open_data(config.data)
+        return data, data.val, f"the validation split of {config.data}"
+    if not config.data:
+        raise missing_data()
+    text = fineweb.PrepareConfig(
+        input=(config.data,), tokenizer=config.tokenizer, out=str(scratch / "text")
+    )
+    folder = rt.on_main(lambda: fineweb.prepare(text, say=lambda *lines: None))
+    data = open_data(folder)
+    whole = TokenArray([*data.train.shards, *data.val.shards], ENCODINGS[data.encoding])
+    return data, whole, config.data
+
+
+# ------------------------------------------------------------------------- building the pieces
+
+
+def open_run_directory(config: TrainConfig, rt: Runtime) -> RunDirectory:
+    """Claim the run's directory at once, so that no other process begins a run there meanwhile."""
+    for folder in directories_to_try(config):
+        run = RunDirectory(folder, config.total_batch_tokens, writes=rt.is_main, say=rt.say)
+        if rt.on_main(functools.partial(try_to_claim, run, config)):
+            return run
+    raise AssertionError("there is always another directory to try")
+
+
+def directories_to_try(config: TrainConfig) -> Iterator[Path]:
+    """--out alone where it is given; else runs/<recipe>, runs/<recipe>-2, runs/<recipe>-3, …"""
+    if config.out:
+        yield Path(config.out)
+        return
+    yield Path("runs", config.recipe)
+    for number in itertools.count(2):
+        yield Path("runs", f"{config.recipe}-{number}")
+
+
+def try_to_claim(run: RunDirectory, config: TrainConfig) -> bool:
+    """Whether the directory is ours now. One that the user has named must be, or is refused."""
+    try:
+        run.claim(may_hold_run=config.resume)
+    except UserError:
+        if config.out:
+            raise
+        return False
+    return True
 
 
 def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
-    """Open --data, preparing it first where it is text; rank 0 prepares for all."""
+    """Open --data. Where it is text it is tokenised first, by rank 0 for all."""
     if not config.data:
-        raise UserError(
-            "--data is missing",
-            expected="the text or token shards to train on",
-            remedy="for example --data novel.txt",
-        )
-    path = None
-    if rt.is_main:
-        path = (
-            fineweb.prepare_first_run(rt.say)
-            if config.data == FIRST_RUN
-            else fineweb.prepare_path(config.data, config.tokenizer, rt.say)
-        )
-    data = open_data(rt.broadcast(path))
+        raise missing_data()
+    data = open_data(rt.on_main(functools.partial(prepared_folder, config, rt)))
     if data.train.num_windows(config.seq_len) == 0:
         raise UserError(
             f"{config.data}: {len(data.train):,} training tokens",
@@ -512,454 +933,421 @@ def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
     return data
 
 
-def build_model(config: TrainConfig, data: TokenData, rt: Runtime, resumed: Path | None) -> GPT:
+def prepared_folder(config: TrainConfig, rt: Runtime) -> Path:
+    """The directory of token shards that --data stands for, made if need be."""
+    if same_path(config.data, FIRST_RUN_FOLDER):
+        return fineweb.prepare_first_run(rt.say)
+    if same_path(config.data, FINEWEB_EDU_FOLDER) and not Path(config.data).exists():
+        raise UserError(
+            f"{config.data}: not there",
+            expected="the FineWeb-Edu corpus",
+            remedy="prepare it with python fineweb.py, or name other data with --data",
+        )
+    return fineweb.prepare_path(config.data, config.tokenizer, rt.say)
+
+
+def missing_data() -> UserError:
+    return UserError(
+        "--data is missing",
+        expected="the text or the token shards to read",
+        remedy="for example --data novel.txt",
+    )
+
+
+def holds_shards(folder: str) -> bool:
+    """Whether a folder is a prepared corpus, and not one of texts."""
+    names = os.listdir(folder)
+    return "manifest.json" in names or any(name.endswith(SUFFIXES) for name in names)
+
+
+def same_path(one: str, other: str) -> bool:
+    """Whether two spellings name one place: with a slash at the end, relative or absolute."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def build_model(config: TrainConfig, data: TokenData, rt: Runtime, checkpoint: Path | None) -> GPT:
     """The model on its device, in training mode: from a checkpoint, from --init-from, or fresh."""
     torch.manual_seed(config.seed)
     vocab_size = ENCODINGS[data.encoding]
-    if not (resumed or config.init_from):
-        return GPT(
-            GPTConfig(
-                config.n_layer,
-                config.n_head,
-                config.n_embd,
-                config.seq_len,
-                vocab_size,
-                config.dropout,
-            )
-        ).to(rt.device)
-    model, _, picked = run_directory.load_model(
-        str(resumed or config.init_from), rt.say, config.dropout
-    )
+    if not (checkpoint or config.init_from):
+        model_config = GPTConfig(
+            config.n_layer,
+            config.n_head,
+            config.n_embd,
+            config.seq_len,
+            vocab_size,
+            config.dropout,
+        )
+        return GPT(model_config).to(rt.device)
+    name = str(checkpoint or config.init_from)
+    model, encoding, picked = run_directory.load_model(name, rt.say, config.dropout)
     rt.say(f"weights        {picked}")
-    for name in ("n_layer", "n_head", "n_embd"):
-        if getattr(config, name) != getattr(model.config, name):
+    for field in ("n_layer", "n_head", "n_embd"):
+        if getattr(config, field) != getattr(model.config, field):
             raise UserError(
-                f"--{name.replace('_', '-')} {getattr(config, name)}",
-                expected=f"{getattr(model.config, name)} as in {picked}",
+                f"{flag(field)} {getattr(config, field)}",
+                expected=f"{getattr(model.config, field)} as in {picked}",
                 remedy="drop the flag",
             )
-    if model.config.vocab_size != vocab_size:
+    if encoding.name != data.encoding:
         raise UserError(
-            f"{config.data}: {data.encoding} tokens, a vocabulary of {vocab_size:,}",
-            expected=f"the {model.config.vocab_size:,} of {picked}",
-            remedy="prepare the data with the model's own encoding (fineweb.py --tokenizer)",
+            f"{config.data}: tokens of the encoding {data.encoding}",
+            expected=f"{encoding.name}, which {picked} reads",
+            remedy=f"prepare the data again with fineweb.py --tokenizer {encoding.name}",
+        )
+    if config.seq_len > model.config.block_size:
+        raise UserError(
+            f"--seq-len {config.seq_len}",
+            expected=f"at most {model.config.block_size}, the positions that {picked} has learned",
+            remedy="lower it",
         )
     model.crop_context(config.seq_len)
     return model.to(rt.device).train()
 
 
+def load_checkpoint(
+    checkpoint: Path,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    run: RunDirectory,
+    data: TokenData,
+) -> None:
+    """Set the optimizer and the run back to a checkpoint whose weights the model has already."""
+    state = run.continue_from(checkpoint)
+    if state["data"] != data.fingerprint:
+        raise UserError(
+            f"the data are not those that {checkpoint} was trained on",
+            expected="the same shards, wherever they lie",
+            remedy="restore them, name their place with --data, or start a new run",
+        )
+    tensors = run_directory.read_optimizer_tensors(checkpoint)
+    load_optimizer_tensors(model, optimizer, tensors, run.step)
+
+
 def check_batch(config: TrainConfig, world_size: int) -> None:
-    """Every rank runs the same number of full micro-batches, or the run is refused with the sizes that work."""
+    """Refuse a batch that does not divide among ranks and micro-batches; name sizes that do."""
     sequences = config.sequences_per_step
-    if sequences % (config.micro_batch * world_size):
-        per_rank = sequences // world_size if sequences % world_size == 0 else 0
-        good = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+    if sequences % (config.micro_batch * world_size) == 0:
+        if config.deterministic:
+            check_tree(sequences // (sequences_at_once(config) * world_size), world_size)
+        return
+    sizes = []
+    if sequences % world_size == 0:
+        per_rank = sequences // world_size
+        sizes = [str(n) for n in range(1, per_rank + 1) if per_rank % n == 0]
+    expected = f"a multiple of {world_size * config.seq_len:,} tokens a batch"
+    if sizes:
+        expected = f"--micro-batch one of {', '.join(sizes)}"
+    raise UserError(
+        f"--micro-batch {config.micro_batch} on {world_size} rank(s) with --total-batch-tokens "
+        f"{config.total_batch_tokens:,}, which is {sequences} sequences of {config.seq_len}",
+        expected=expected,
+        remedy="change --micro-batch or --total-batch-tokens",
+    )
+
+
+def check_agreement(config: TrainConfig, data: TokenData, rt: Runtime) -> None:
+    """Refuse ranks that were started with different flags, or that see different shards."""
+    values = [asdict(replace(config, out="")), data.fingerprint]
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    digests = rt.gather(digest)
+    different = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
+    if different and not rt.is_main:
+        raise FailedElsewhere
+    if different:
         raise UserError(
-            f"--micro-batch {config.micro_batch} on {world_size} rank(s) with --total-batch-tokens {config.total_batch_tokens:,}, "
-            f"which is {sequences} sequences of {config.seq_len}",
-            expected=f"--micro-batch one of {good}"
-            if good
-            else f"a multiple of {world_size * config.seq_len:,} tokens a batch",
-            remedy="change --micro-batch or --total-batch-tokens",
+            f"the flags or the data of rank {', '.join(different)} differ from rank 0's",
+            expected="the same flags and the same shards on every rank",
+            remedy="start all ranks with one command, on the same data",
         )
 
 
-def check_agreement(own: TrainConfig, data: TokenData, rt: Runtime) -> None:
-    """Ranks started with different flags or different shards would train on nonsense without a word."""
-    mine = hashlib.sha256(
-        json.dumps([asdict(replace(own, out="")), data.fingerprint]).encode()
-    ).hexdigest()
-    if rt.broadcast(mine) != mine:
-        raise UserError(
-            f"rank {rt.rank}: flags or data differ from rank 0's",
-            expected="the same flags and shards on every rank",
-            remedy="start all ranks with one command on the same data",
-        )
-
-
-class Run:
-    """What happens beside the training steps: validation, scores, samples, checkpoints and the log of a run directory.
-
-    Everything here sees the raw model, never the compiled or distributed one. Files are written by rank 0.
-    """
-
-    def __init__(self, config: TrainConfig, data: TokenData, rt: Runtime):
-        self.config, self.data, self.rt, self.folder = config, data, rt, Path(config.out)
-        self.encoding = get_encoding(data.encoding)
-        self.resumed = rt.broadcast(
-            run_directory.newest_valid(self.folder, rt.say)
-            if config.resume and rt.is_main
-            else None
-        )
-        state = (
-            run_directory.read_state(self.resumed)
-            if self.resumed
-            else {"step": 0, "elapsed": 0.0, "best": None, "data": data.fingerprint}
-        )
-        if state["data"] != data.fingerprint:
-            raise UserError(
-                f"{config.data}: not the data that {self.resumed} was trained on",
-                expected="the same shards",
-                remedy="restore them, or start a new run",
-            )
-        self.start_step, self.elapsed, self.best, self.saved = (
-            state["step"],
-            state["elapsed"],
-            state["best"],
-            state["step"],
-        )
-        self.last = None  # result of the last validation
-        self.model = build_model(config, data, rt, self.resumed)
-        self.optimizer = make_optimizer(self.model, config)
-        self.items = hellaswag.find_items(rt) if config.hellaswag_every else None
-        if self.resumed:
-            run_directory.load_optimizer(self.resumed, self.start_step, self.model, self.optimizer)
-        self.wandb = open_wandb(config) if config.wandb and rt.is_main else None
-        if rt.is_main:
-            run_directory.clean(self.folder)
-            cut_log(self.folder, self.start_step if self.resumed else -1)
-            self.write_best()
-            if not self.resumed:
-                (self.folder / "train.json").write_text(
-                    json.dumps(asdict(replace(config, resume=False)), indent=2) + "\n"
-                )
-
-    def due(self, every: int, step: int) -> bool:
-        """At each multiple of `every` and after the last update; what a resumed run did before it stopped is not done again."""
-        return (
-            every > 0
-            and (step % every == 0 or step == self.config.max_steps)
-            and not (self.resumed and step == self.start_step)
-        )
-
-    def log(self, event: str, step: int, **values) -> None:
-        """One line of log.jsonl."""
-        if self.rt.is_main:
-            values = {
-                "event": event,
-                "step": step,
-                "tokens": step * self.config.total_batch_tokens,
-                **values,
-            }
-            with open(self.folder / "log.jsonl", "a") as f:
-                f.write(json.dumps(values) + "\n")
-                f.flush()
-                if (
-                    event != "train"
-                ):  # a checkpoint must never be on disk before the log that led to it
-                    os.fsync(f.fileno())
-        if self.wandb:
-            self.wandb.log(
-                {
-                    f"{event}/{key}": value
-                    for key, value in values.items()
-                    if key not in ("event", "step")
-                },
-                step=step,
-            )
-
-    def validate(self, step: int) -> bool:
-        """Validation loss into log and curves; True where it is the lowest so far and the recipe keeps the best."""
-        result = evaluate(
-            self.model, self.data.val, self.config, self.rt, token_bytes(self.encoding)
-        )
-        self.log("eval", step, **result)
-        self.last = result
-        self.rt.say(
-            f"step {step:>6}  validation loss {result['val_loss']:.4f} nats/token, {result['bits_per_byte']:.4f} bits/byte"
-        )
-        if self.rt.is_main:
-            draw_curves([self.folder], self.folder / "curves.png")
-        if not self.config.keep_best or (self.best and self.best["val_loss"] <= result["val_loss"]):
-            return False
-        self.best = {"step": step, "val_loss": result["val_loss"]}
-        return step > 0
-
-    def score(self, step: int) -> None:
-        score = hellaswag.evaluate(self.model, self.encoding, self.items, rt=self.rt)
-        self.model.train()
-        self.log("hellaswag", step, acc=score.acc, acc_norm=score.acc_norm, items=score.items)
-        self.rt.say(
-            f"step {step:>6}  HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} on {score.items:,} items"
-        )
-
-    def sample(self, step: int) -> None:
-        if self.rt.is_main:
-            generator = torch.Generator(self.rt.device).manual_seed(self.config.seed)
-            with self.rt.autocast():
-                (text,) = sample_text(
-                    self.model,
-                    self.encoding,
-                    prompt="",
-                    num=1,
-                    max_new_tokens=300,
-                    temperature=0.8,
-                    top_k=50,
-                    generator=generator,
-                )
-            self.model.train()
-            self.log("sample", step, text=text)
-            self.rt.say(f"step {step:>6}  sample:", text)
-
-    def save(self, step: int) -> None:
-        if self.rt.is_main and step != self.saved:
-            began = time.perf_counter()
-            state = {"elapsed": self.elapsed, "best": self.best, "data": self.data.fingerprint}
-            run_directory.save_step(
-                self.folder, step, self.model, self.encoding, self.optimizer, state
-            )
-            self.write_best()
-            run_directory.prune(self.folder, self.config.keep)
-            self.log("save", step, seconds=round(time.perf_counter() - began, 3))
-        self.saved = step
-
-    def write_best(self) -> None:
-        """best.json, or none where no step was kept as the best so far."""
-        if self.best and self.best["step"] > 0:
-            (self.folder / ".best.json.tmp").write_text(json.dumps(self.best) + "\n")
-            os.replace(self.folder / ".best.json.tmp", self.folder / "best.json")
-        else:
-            (self.folder / "best.json").unlink(missing_ok=True)
-
-
-def open_wandb(config: TrainConfig):
-    """The run on Weights & Biases that belongs to the run directory: the same one after a resume."""
+def open_wandb(config: TrainConfig, folder: Path) -> Callable[[str, int, dict], None]:
+    """Send the log to the Weights & Biases run that belongs to the run directory."""
     try:
         import wandb
     except ImportError:
         raise UserError(
             "--wandb: the wandb package is not installed",
-            expected="it beside the others",
+            expected="it beside the other packages",
             remedy="pip install wandb, or drop the flag",
         ) from None
-    file = Path(config.out, "wandb_id")
+    file = folder / "wandb_id"  # a continued run goes on under the same name
     if not file.exists():
         file.write_text(secrets.token_hex(4))
     try:
-        return wandb.init(
+        tracker = wandb.init(
             project="pygpt2",
-            name=Path(config.out).name,
+            name=folder.name,
             id=file.read_text(),
             resume="allow",
-            dir=config.out,
+            dir=folder,
             config=asdict(config),
         )
     except wandb.Error as error:
         raise UserError(
             f"--wandb: {error}",
-            expected="to start or continue its run",
+            expected="to start or to continue its run",
             remedy="log in, set WANDB_MODE=offline, or drop the flag",
         ) from None
 
+    def send(event: str, step: int, values: dict) -> None:
+        tracker.log({f"{event}/{key}": value for key, value in values.items()}, step=step)
 
-def cut_log(folder: Path, step: int) -> None:
-    """Cut log.jsonl back to `step`, so that each step stands in it once."""
-
-    def step_of(line: str) -> float:
-        try:
-            return json.loads(line)["step"]
-        except ValueError:  # torn by a crash
-            return math.inf
-
-    file = folder / "log.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    (folder / ".log.jsonl.tmp").write_text(
-        "".join(line + "\n" for line in lines if step_of(line) <= step)
-    )
-    os.replace(folder / ".log.jsonl.tmp", file)
+    return send
 
 
-def train(run: Run) -> None:
-    """Step after step from where the run stands to max_steps; evaluations, samples and checkpoints between steps."""
-    config, rt, optimizer = run.config, run.rt, run.optimizer
-    loss_fn = NextTokenLoss(run.model)
-    if rt.world_size > 1:
-        loss_fn = DistributedDataParallel(
-            loss_fn,
-            device_ids=[rt.device] if rt.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
-    if config.compile:
-        loss_fn = torch.compile(loss_fn, dynamic=False, fullgraph=rt.world_size == 1)
-    peak, flops, stopping, told = (
-        peak_flops(rt.device),
-        flops_per_token(run.model.config),
-        False,
-        0.0,
-    )
+def spare_garbage_collector() -> None:
+    """Exempt what exists now, and lives as long as the run, from Python's garbage collection."""
+    gc.collect()
+    gc.freeze()
 
-    def fetch(step: int) -> torch.Tensor:
-        batch = step_batch(run.data.train, config, step, rt.rank, rt.world_size)
-        return batch.pin_memory() if rt.device.type == "cuda" else batch
 
-    show_bar = rt.is_main and sys.stderr.isatty()
-    with (
-        StopRequest() as stop,
-        ThreadPoolExecutor(1) as background,
-        tqdm(
+def draw_curves_or_warn(folder: Path) -> None:
+    """curves.png, if it can be drawn: no picture is worth a run."""
+    try:
+        draw_curves([folder], folder / "curves.png")
+    except Exception as error:
+        cli.say(f"warning: no curves are drawn ({type(error).__name__}: {error})")
+
+
+# ------------------------------------------------------------------------------------ progress
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line at the first step and then every 30 seconds."""
+
+    LINE_SECONDS = 30
+
+    def __init__(self, config: TrainConfig, rt: Runtime, first_step: int):
+        self.config = config
+        self.rt = rt
+        self.validation_loss: float | None = None
+        self.peak = peak_flops(rt.device, rt.dtype)
+        self.on_terminal = rt.is_main and sys.stderr.isatty()
+        self.bar = tqdm(
             total=config.max_steps,
-            initial=run.start_step,
+            initial=first_step,
             unit="step",
             dynamic_ncols=True,
-            disable=not show_bar,
-        ) as bar,
-    ):
-        upcoming = background.submit(fetch, run.start_step)
-        for step in range(run.start_step, config.max_steps + 1):
-            improved = run.due(config.eval_every, step) and run.validate(step)
-            if run.items and step and run.due(config.hellaswag_every, step):
-                run.score(step)
-            if step and run.due(config.sample_every, step):
-                run.sample(step)
-            if (
-                improved
-                or (step and run.due(config.save_every, step))
-                or (stopping and config.save_every)
-            ):
-                run.save(step)
-            if stopping or step == config.max_steps:
-                break
+            disable=not self.on_terminal,
+        )
+        self.first_step = first_step
+        self.losses: list[float] = []  # since the last line
+        self.seconds = 0.0  # of training since the start of this process
+        self.next_line = 0.0
 
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            # Dropout is a function of seed, step and rank, so there is no generator state to save.
-            torch.manual_seed(config.seed + 1_000_003 * (step * rt.world_size + rt.rank))
-            batch, upcoming = upcoming.result(), background.submit(fetch, step + 1)
-            loss, norm, stopping = train_step(loss_fn, optimizer, batch, config, rt, stop.signum)
-            seconds = time.perf_counter() - began
-            run.elapsed += seconds
-            rate = config.total_batch_tokens / seconds
-            run.log(
-                "train",
-                step + 1,
-                loss=loss,
-                lr=group["lr"],
-                grad_norm=norm,
-                tokens_per_second=round(rate, 1),
-                mfu=rate * flops / (peak * rt.world_size) if peak else None,
-                elapsed=round(run.elapsed, 3),
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.bar.close()
+
+    def step_done(self, step: int, loss: float, seconds: float) -> dict:
+        """Show a step; returns its speed for the log."""
+        tokens_per_second = self.config.total_batch_tokens / seconds
+        self.seconds += seconds
+        self.losses.append(loss)
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s")
+        if not self.on_terminal and time.monotonic() >= self.next_line:
+            self.rt.say(self.line(step))
+            self.losses = []
+            self.next_line = time.monotonic() + self.LINE_SECONDS
+        return {
+            "tokens_per_second": round(tokens_per_second, 1),
+            "mfu": self.mfu(tokens_per_second),
+        }
+
+    def line(self, step: int) -> str:
+        """`step 551/600  loss 2.41 (mean of 42)  val 2.19  19.9k tok/s  eta 0:02`."""
+        steps = step - self.first_step
+        seconds_per_step = self.seconds / steps
+        left = round((self.config.max_steps - step) * seconds_per_step)
+        rate = self.config.total_batch_tokens / seconds_per_step
+        loss = sum(self.losses) / len(self.losses)
+        parts = [f"step {step}/{self.config.max_steps}", f"loss {loss:.3f}"]
+        if len(self.losses) > 1:
+            parts[-1] += f" (mean of {len(self.losses)})"
+        if self.validation_loss is not None:
+            parts.append(f"val {self.validation_loss:.3f}")
+        parts.append(f"{rate / 1000:.1f}k tok/s")
+        parts.append(f"eta {datetime.timedelta(seconds=left)}")
+        return "  ".join(parts)
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Share of the devices' peak that the model's FLOPs are; None where no peak is known."""
+        if not self.peak:
+            return None
+        flops = flops_per_token(self.model_config())
+        return tokens_per_second * flops / (self.peak * self.rt.world_size)
+
+    def model_config(self) -> GPTConfig:
+        c = self.config
+        return GPTConfig(c.n_layer, c.n_head, c.n_embd, c.seq_len, ENCODINGS[c.tokenizer])
+
+    def summary(self, elapsed: float) -> list[str]:
+        """What is said at the end of a run: time, last validation, memory, utilisation."""
+        line = f"Done: {elapsed:,.0f} s of training"
+        if self.validation_loss is not None:
+            line += f", validation loss {self.validation_loss:.4f} nats per token"
+        lines = [line + "."]
+        steps = self.config.max_steps - self.first_step
+        if steps > 0:
+            rate = steps * self.config.total_batch_tokens / self.seconds
+            text = f"Peak memory {peak_memory(self.rt.device) / 1e9:.2f} GB"
+            text += f", {rate:,.0f} tokens per second"
+            if self.peak:
+                text += f", {self.mfu(rate):.1%} of the datasheet's peak"
+            lines.append(text + ".")
+        return lines
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: of tensors on CUDA, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has no such module
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ---------------------------------------------------------------------- the command line, read
+
+
+def read_config(args: list[str]) -> tuple[TrainConfig, str]:
+    """The configuration of a command line, and one line that says where it comes from.
+
+    The flags override, in this order of preference: the train.json of the run that is continued,
+    the file that --config names, or a recipe.
+    """
+    chosen = flags_that_choose(args)
+    recipe, why = choose_recipe(chosen)
+    if chosen.resume:
+        folder = run_to_continue(chosen, recipe)
+        if run_directory.is_run(folder):
+            saved = replace(read_train_json(folder / "train.json"), out=str(folder), resume=True)
+            config = parse_flags(TrainConfig, saved, __doc__, args)
+            refuse_changes(saved, config)
+            return config, f"recipe {config.recipe}, continuing {folder}"
+        why += f"; there is no run in {folder} yet, so it is started"
+    defaults = RECIPES[recipe]
+    if chosen.config:
+        defaults = read_train_json(Path(chosen.config))
+        recipe = chosen.recipe or defaults.recipe
+        why = f"with the values of {chosen.config}"
+    elif chosen.init_from and not {"-h", "--help"}.intersection(args):
+        defaults = shaped_like(defaults, chosen.init_from)
+    config = parse_flags(TrainConfig, replace(defaults, recipe=recipe), __doc__, args)
+    return config, f"recipe {recipe}, {why}"
+
+
+def flags_that_choose(args: list[str]) -> argparse.Namespace:
+    """The flags that decide which defaults all flags override. tyro checks them later, with all."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("recipe", "data", "out", "config"):
+        parser.add_argument(f"--{name}", nargs="?", default="")
+    parser.add_argument("--init-from", "--init_from", nargs="?", default="")
+    parser.add_argument("--resume", action="store_true")
+    return parser.parse_known_args(args)[0]
+
+
+def choose_recipe(chosen: argparse.Namespace) -> tuple[str, str]:
+    """The recipe, and why: as asked, or what the other flags and the data that are here suggest."""
+    if chosen.recipe:
+        if chosen.recipe not in RECIPES:
+            raise UserError(
+                f"--recipe {chosen.recipe}",
+                expected=f"one of {', '.join(RECIPES)}",
+                remedy="choose one of them",
             )
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tok/s")
-            if not show_bar and (step == run.start_step or time.perf_counter() - told > 30):
-                told = time.perf_counter()
-                rt.say(
-                    f"step {step + 1:>6}  loss {loss:.4f}, gradient norm {norm:.2f}, learning rate {group['lr']:.2e}, {rate:,.0f} tokens/s"
-                )
-            if (
-                step == run.start_step
-            ):  # what exists now lives as long as the run: spare the garbage collector the walk
-                gc.collect()
-                gc.freeze()
-    if stopping and step < config.max_steps:
-        rt.say(
-            f"stopped after step {step}; to go on: python train_gpt2.py --out {run.folder} --resume"
-        )
-        raise Stopped(stop.signum or signal.SIGTERM)
+        return chosen.recipe, "as asked"
+    if chosen.init_from:
+        return "finetune", "because --init-from is given"
+    data = chosen.data or FINEWEB_EDU_FOLDER
+    if same_path(data, FINEWEB_EDU_FOLDER) and Path(FINEWEB_EDU_FOLDER).is_dir():
+        return "gpt2", f"because {FINEWEB_EDU_FOLDER}/ is here"
+    if chosen.data:
+        return "first-run", f"on {chosen.data}"
+    return "first-run", f"because there is no {FINEWEB_EDU_FOLDER}/ here (fineweb.py makes it)"
 
 
-# ---------------------------------------------------------------------------------------------------- what a person sees
+def run_to_continue(chosen: argparse.Namespace, recipe: str) -> Path:
+    """--out, or without it the newest of runs/<recipe>, runs/<recipe>-2, …"""
+    if chosen.out:
+        return Path(chosen.out)
+    newest = Path("runs", recipe)
+    for folder in directories_to_try(replace(RECIPES[recipe], out="")):
+        if not run_directory.is_run(folder):
+            return newest
+        newest = folder
+    return newest
 
 
-def main(args: list[str] | None = None) -> None:
-    args = sys.argv[1:] if args is None else args
-    if (
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and "--resume" not in args
-    ):  # torchrun restarted us after a failure
-        args = [*args, "--resume"]
-    own, why = read_config(args)
-    rt = start(own.device, own.dtype)
-    config = rt.broadcast(
-        own
-    )  # rank 0 has chosen the directory; no rank creates it before all have looked
-    attention = " > ".join(
-        backend.name.removesuffix("_ATTENTION").lower()
-        for backend in rt.attention_kernels(config.seq_len)
-    )
-    rt.say(
-        why,
-        f"running on     {rt.device.type}, {str(rt.dtype).removeprefix('torch.')}, {rt.world_size} rank{'s' * (rt.world_size > 1)}, attention kernel {attention}",
-    )
-    if config.eval_only:
-        return eval_only(config, rt)
-    check_batch(config, rt.world_size)
-    if config.warmup_steps >= config.max_steps:
-        rt.say(
-            f"note: {config.warmup_steps} steps of warm-up in a run of {config.max_steps}: the learning rate stays below its peak; --warmup-steps lowers it"
-        )
-    if config.dry_run:
-        vocab_size = ENCODINGS[
-            open_data(config.data).encoding if Path(config.data).is_dir() else config.tokenizer
-        ]
-        model_config = GPTConfig(
-            config.n_layer, config.n_head, config.n_embd, config.seq_len, vocab_size, config.dropout
-        )
-        return rt.say(
-            *plan(
-                model_config, rt, config.max_steps, config.total_batch_tokens, config.micro_batch
-            ),
-            *plan_time(model_config, rt, config.max_steps, config.total_batch_tokens),
-        )
-    data = prepare_data(config, rt)
-    check_agreement(own, data, rt)
-    with locked(Path(config.out)) if rt.is_main else contextlib.nullcontext():
-        run = Run(config, data, rt)
-        if run.start_step == config.max_steps:
-            return rt.say(
-                f"{run.folder} is complete, {config.max_steps:,} steps. To train its model further: "
-                f"python train_gpt2.py --init-from {run.folder} --data {config.data} --tokenizer {data.encoding}"
-            )
-        rt.say(
-            *plan(
-                run.model.config,
-                rt,
-                config.max_steps,
-                config.total_batch_tokens,
-                config.micro_batch,
-            ),
-            f"data           {config.data}: {len(data.train):,} training and {len(data.val):,} validation tokens ({data.encoding})",
-            f"run directory  {run.folder}"
-            + (f", continuing after step {run.start_step}" if run.resumed else ""),
-            "",
-        )
-        train(run)
-    reached = (
-        f", validation loss {run.last['val_loss']:.4f} nats per token, {run.last['bits_per_byte']:.4f} bits per byte"
-        if run.last
-        else ""
-    )
-    rate = (
-        f" --learning-rate {config.learning_rate / 4:g}" if config.recipe == "first-run" else ""
-    )  # a small model takes, and needs, a larger one
-    rt.say(
-        "",
-        f"Done: {run.elapsed:,.0f} s of training{reached}.",
-        f"Saved in {run.folder}/: checkpoints, log.jsonl, curves.png. Next:",
-        f"  python sample.py --model {run.folder} --num-samples 3",
-        f"  python train_gpt2.py --init-from {run.folder} --data input.txt{rate}",
-        f"  python hellaswag.py --model {run.folder}",
-    )
-
-
-def eval_only(config: TrainConfig, rt: Runtime) -> None:
-    """Validation loss, perplexity and bits per byte of --init-from on --data."""
-    if not config.init_from:
+def read_train_json(file: Path) -> TrainConfig:
+    """A saved configuration. Every value must be there, and of its field's type."""
+    fields = {field.name: type(field.default) for field in dataclasses.fields(TrainConfig)}
+    values = read_json(file, fields)
+    values.pop("started", None)
+    unknown = values.keys() - fields.keys()
+    if unknown:
         raise UserError(
-            "--eval-only without --init-from",
-            expected="the model to measure",
-            remedy="for example --init-from gpt2",
+            f"{file}: has a value {min(unknown)!r}",
+            expected="the values that this version writes",
+            remedy="use the version that wrote it, or start a new run",
         )
-    data = prepare_data(config, rt)
-    model = build_model(config, data, rt, None)
-    result = evaluate(model, data.val, config, rt, token_bytes(get_encoding(data.encoding)))
-    rt.say(
-        f"validation loss {result['val_loss']:.4f} nats per token",
-        f"perplexity      {math.exp(result['val_loss']):.2f} per token",
-        f"bits per byte   {result['bits_per_byte']:.4f}",
-        f"tokens          {result['eval_tokens']:,} of {config.data}, in windows of {config.seq_len:,}",
+    return TrainConfig(**values)
+
+
+def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
+    """Refuse flags with which the run would go on as another one."""
+    changed = []
+    for field in dataclasses.fields(TrainConfig):
+        old, new = getattr(saved, field.name), getattr(config, field.name)
+        if field.name not in FREE_ON_RESUME and new != old:
+            changed.append(f"{flag(field.name)} {new} (the run has {old})")
+    if changed:
+        raise UserError(
+            ", ".join(changed),
+            expected=f"the values that {saved.out} was started with",
+            remedy="drop the flags, or start a new run in another --out",
+        )
+
+
+def shaped_like(defaults: TrainConfig, name: str) -> TrainConfig:
+    """The recipe with the shape and the encoding of the model to start from.
+
+    Fine-tuning takes a larger learning rate for a smaller model: 3e-5 at 124M parameters, 1e-3 at
+    the first run's 0.84M, and in between by the power law through these two, which were tried.
+    """
+    model, encoding = run_directory.describe_model(name)
+    if defaults.recipe == "finetune":
+        size = parameters(model) / parameters(SIZES["gpt2"])
+        rate = float(f"{defaults.learning_rate * size**-0.7:.1g}")
+        defaults = replace(defaults, learning_rate=rate, min_lr=rate / 2)
+    return replace(
+        defaults,
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+        n_embd=model.n_embd,
+        seq_len=min(defaults.seq_len, model.block_size),
+        tokenizer=encoding,
     )
+
+
+def with_resume_after_restart(args: list[str]) -> list[str]:
+    """--resume added where torchrun has restarted us in a run that we had begun ourselves."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts == 0 or "--resume" in args:
+        return args
+    chosen = flags_that_choose(args)
+    recipe, _ = choose_recipe(chosen)
+    chosen.resume = True
+    if run_directory.was_begun_by_this_job(run_to_continue(chosen, recipe)):
+        return [*args, "--resume"]
+    return args
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, out_of_memory="lower --micro-batch or --seq-len")

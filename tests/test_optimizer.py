@@ -1,0 +1,225 @@
+"""optimizer.py: Muon against plain references, what decays, learning rates, state in and out."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tools import tiny_model
+
+from cli import UserError
+from model import GPT, NextTokenLoss
+from optimizer import (
+    MuonAndAdamW,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    orthogonalize,
+    set_learning_rate,
+)
+
+MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def config(**changes) -> SimpleNamespace:
+    values = {
+        "optimizer": "muon",
+        "learning_rate": 4e-3,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "muon_learning_rate": 0.02,
+        "weight_decay": 0.1,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def set_gradients(model: GPT, seed: int) -> None:
+    """The gradients of one batch of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(257, (2, 33), generator=generator)
+    model.zero_grad()
+    NextTokenLoss(model)(tokens[:, :-1], tokens[:, 1:]).backward()
+
+
+def train(model: GPT, optimizer, seeds: range) -> None:
+    for seed in seeds:
+        set_gradients(model, seed)
+        set_learning_rate(optimizer, 4e-3 / (1 + seed))
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------- Muon
+
+
+def test_an_orthogonal_update_keeps_singular_vectors_and_levels_singular_values():
+    matrices = torch.randn(3, 64, 128)
+    U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    inner = U.mT @ orthogonalize(matrices).float() @ Vh.mT  # diagonal if vectors are kept
+    values = inner.diagonal(dim1=1, dim2=2)
+    assert (S.amax(1) / S.amin(1)).min() > 4
+    assert values.min() > 0.65
+    assert values.max() < 1.2
+    # The other directions hold nothing beyond bfloat16's rounding.
+    assert (inner - torch.diag_embed(values)).square().mean().sqrt() < 1e-2
+
+
+def test_orthogonalize_applies_jordans_polynomial_five_times_to_the_singular_values():
+    matrices = torch.randn(1, 16, 32)
+    U, S, Vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    S = S / S.norm()
+    for _ in range(5):
+        S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+    expected = U @ torch.diag_embed(S) @ Vh
+    difference = orthogonalize(matrices).double() - expected
+    assert difference.square().mean().sqrt() < 1e-2
+
+
+def test_blocks_are_trained_as_torchs_muon_trains_q_k_v_and_the_other_matrices_one_by_one():
+    model = tiny_model()
+    model.requires_grad_(True)
+    optimizer = make_optimizer(model, config())
+    peers = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(MATRICES):
+            count = 3 if name.endswith("c_attn.weight") else 1
+            peers[name] = [torch.nn.Parameter(p.clone()) for p in parameter.detach().chunk(count)]
+    parts = [peer for matrices in peers.values() for peer in matrices]
+    reference = torch.optim.Muon(parts, lr=0.02, weight_decay=0.1, momentum=0.95)
+    for seed in range(3):
+        set_gradients(model, seed)
+        for name, matrices in peers.items():
+            gradients = model.get_parameter(name).grad.chunk(len(matrices))
+            for peer, gradient in zip(matrices, gradients, strict=True):
+                peer.grad = gradient.clone()
+        optimizer.step()
+        reference.step()
+    for name, matrices in peers.items():
+        assert torch.equal(model.get_parameter(name), torch.cat(matrices)), name
+
+
+def test_everything_but_the_blocks_matrices_is_trained_as_by_adamw_alone():
+    model = tiny_model()
+    peer = copy.deepcopy(model)
+    muon = make_optimizer(model, config())
+    adamw = make_optimizer(peer, config(optimizer="adamw"))
+    set_gradients(model, 0)
+    for parameter, other in zip(model.parameters(), peer.parameters(), strict=True):
+        other.grad = parameter.grad.clone()
+    muon.step()
+    adamw.step()
+    same = {n for n, p in model.named_parameters() if torch.equal(p, peer.get_parameter(n))}
+    assert same == {n for n, _ in model.named_parameters() if not n.endswith(MATRICES)}
+
+
+# --------------------------------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_shrinks_matrices_and_embeddings_only(kind):
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, config(optimizer=kind))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    decayed = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    embeddings = {"transformer.wte.weight", "transformer.wpe.weight"}
+    matrices = {f"transformer.h.{layer}.{name}" for layer in range(2) for name in MATRICES}
+    assert decayed == embeddings | matrices
+    rate = 0.02 if kind == "muon" else 4e-3
+    expected = torch.full((96, 32), 1 - rate * 0.1)
+    torch.testing.assert_close(model.get_parameter("transformer.h.0.attn.c_attn.weight"), expected)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(kind):
+    model = tiny_model()
+    optimizer = make_optimizer(model, config(optimizer=kind))
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(model.parameters())
+
+
+def test_adamw_alone_is_torchs_fused_adamw_at_gpt3s_settings():
+    optimizer = make_optimizer(tiny_model(), config(optimizer="adamw"))
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["fused"]
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.95), 1e-8)
+
+
+def test_adamw_takes_the_learning_rate_as_it_is_and_muon_in_proportion_to_its_peak():
+    rate = 4e-3 * 7 / 11
+    adamw = make_optimizer(tiny_model(), config(optimizer="adamw"))
+    set_learning_rate(adamw, rate)
+    assert {group["lr"] for group in adamw.param_groups} == {rate}
+    both = make_optimizer(tiny_model(), config())
+    set_learning_rate(both, rate)
+    muon, rest = both.parts
+    assert {group["lr"] for group in rest.param_groups} == {rate}
+    assert all(math.isclose(group["lr"], 0.02 * 7 / 11) for group in muon.param_groups)
+
+
+def test_zero_grad_drops_every_gradient():
+    model = tiny_model()
+    optimizer = make_optimizer(model, config())
+    set_gradients(model, 0)
+    optimizer.zero_grad(set_to_none=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_training_goes_on_to_the_last_bit_from_saved_state(kind):
+    model = tiny_model()
+    optimizer = make_optimizer(model, config(optimizer=kind))
+    train(model, optimizer, range(3))
+    resumed = copy.deepcopy(model)
+    fresh = make_optimizer(resumed, config(optimizer=kind))
+    load_optimizer_tensors(resumed, fresh, optimizer_tensors(model, optimizer), step=3)
+    train(model, optimizer, range(3, 6))
+    train(resumed, fresh, range(3, 6))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+
+
+def test_state_is_named_by_parameter_and_kind():
+    model = tiny_model()
+    optimizer = make_optimizer(model, config())
+    assert isinstance(optimizer, MuonAndAdamW)
+    train(model, optimizer, range(1))
+    tensors = optimizer_tensors(model, optimizer)
+    expected = set()
+    for name, _ in model.named_parameters():
+        if name.endswith(MATRICES):
+            expected.add(f"{name}.momentum")
+        else:
+            expected |= {f"{name}.exp_avg", f"{name}.exp_avg_sq"}
+    assert set(tensors) == expected
+
+
+@pytest.mark.parametrize("saved, resumed", [("adamw", "muon"), ("muon", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(saved, resumed):
+    model = tiny_model()
+    optimizer = make_optimizer(model, config(optimizer=saved))
+    train(model, optimizer, range(1))
+    tensors = optimizer_tensors(model, optimizer)
+    other = make_optimizer(model, config(optimizer=resumed))
+    with pytest.raises(UserError, match="attn.c_attn.weight"):
+        load_optimizer_tensors(model, other, tensors, step=1)
+
+
+def test_state_of_another_shape_is_refused():
+    model = tiny_model()
+    optimizer = make_optimizer(model, config())
+    train(model, optimizer, range(1))
+    tensors = optimizer_tensors(model, optimizer)
+    name = "transformer.h.1.mlp.c_fc.weight.momentum"
+    tensors[name] = tensors[name][:, :16]
+    with pytest.raises(UserError, match=name):
+        load_optimizer_tensors(model, make_optimizer(model, config()), tensors, step=1)
