@@ -155,6 +155,23 @@ def read_bytes(file: Path, limit: int) -> bytes:
     return content
 
 
+def read_lines(file: Path, limit: int = 2**28, longest: int = 2**20) -> Iterator[bytes]:
+    """The lines of a regular file of at most `limit` bytes, such as the log of a million steps.
+
+    A line of more than `longest` bytes comes in pieces. Raises UserError.
+    """
+    with open_file(file) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > limit:
+            raise UserError(
+                f"{file}: {size:,} bytes",
+                expected=f"at most {limit:,} bytes",
+                remedy="move the file away, or restore it",
+            )
+        while line := f.readline(longest):
+            yield line.removesuffix(b"\n")
+
+
 def read_json(file: Path, shape: dict, limit: int = 2**20) -> dict:
     """A JSON file of at most `limit` bytes, checked against `shape`. Raises UserError.
 
@@ -277,12 +294,16 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
-    if file.is_symlink():  # filelock 4 refuses links by itself, older ones follow them
-        raise UserError(
-            f"{file}: a symbolic link",
-            expected="a file that this program made",
-            remedy="remove the link",
-        )
+    # filelock 4 refuses symbolic links by itself, older ones follow them. Some also empty the
+    # file, which may have another name, a hard link, in another folder.
+    if os.path.lexists(file):
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise UserError(
+                f"{file}: a link, or no regular file",
+                expected="a file that this program made",
+                remedy="remove it",
+            )
     lock = FileLock(file)
     holder = folder / ".lock-holder"
     try:

@@ -151,7 +151,7 @@ class GPT(nn.Module):
     the token embedding `wte.weight` used a second time, so it has no parameter of its own.
     """
 
-    revision: str | None = None  # the commit on the hub that the weights come from, if they do
+    revision: str | None = None  # commit of the hub's repository, if the weights come from the hub
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -209,14 +209,15 @@ class GPT(nn.Module):
             by default causal.
         cache: idx continues the tokens that are in it; positions and mask follow from it.
 
-        Raises ValueError for more than block_size tokens.
+        Without positions and cache, more than block_size tokens raise a ValueError.
         """
         T = idx.size(1)
         if cache is not None:
             positions = cache.positions(T)
-            mask = torch.arange(cache.seen, device=idx.device) <= positions[:, None]  # (T, S)
+            places = torch.arange(cache.attended_length, device=idx.device)  # (S,)
+            mask = positions[:, None] >= places  # (T, S)
         elif positions is None:
-            if idx.size(1) > self.config.block_size:
+            if T > self.config.block_size:
                 raise ValueError(f"{T} tokens, but block_size is {self.config.block_size}")
             positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
@@ -261,7 +262,7 @@ class GPT(nn.Module):
         """Write config.json, generation_config.json and model.safetensors as transformers does.
 
         `extra_config` adds keys to config.json, or replaces them: encoding, bos_token_id,
-        eos_token_id. The two ids are written for GPT-2's vocabulary and for bytes in any case.
+        eos_token_id. For a vocabulary of GPT-2 or of bytes the two ids need not be given.
         """
         _save(self, Path(folder), extra_config)
 
@@ -269,7 +270,8 @@ class GPT(nn.Module):
 def _embedding(rows: int, channels: int) -> nn.Embedding:
     """An embedding without values yet.
 
-    On the meta device the initialisation in nn.Embedding(…) imports two seconds' worth of modules.
+    nn.Embedding(…) would initialise it, and on the meta device the import that this needs takes two
+    seconds.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
 
@@ -282,9 +284,10 @@ class KVCache:
 
     position: how many tokens are stored. It is a tensor on the device, so that a compiled step for
         one token is the same graph at every position.
-    seen: attention reads the first `seen` places; it starts at `length`. Places that hold nothing
-        yet are masked, so this is right but slow while the cache is nearly empty. A caller that
-        counts tokens itself may set `seen` to the number stored, the next call's tokens included.
+    attended_length: attention reads so many places, from the first one on. At first that is all
+        places. Those that hold no token yet are masked, so the result is right, but attention takes
+        the time of a full cache. A caller that knows how many tokens will be stored after the next
+        call may set it to that number.
     """
 
     def __init__(
@@ -300,7 +303,7 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.position = torch.zeros((), device=device, dtype=torch.long)
-        self.seen = length
+        self.attended_length = length
 
     def positions(self, T: int) -> torch.Tensor:
         """Positions of the next T tokens, (T,)."""
@@ -317,7 +320,7 @@ class KVCache:
         keys, values = self.k[layer], self.v[layer]
         keys.index_copy_(2, positions, k.to(keys.dtype))
         values.index_copy_(2, positions, v.to(values.dtype))
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+        return keys[:, :, : self.attended_length], values[:, :, : self.attended_length]
 
 
 # ------------------------------------------------------------------------------------------- loss
@@ -333,14 +336,14 @@ LOSS_ALIGNMENT = 64
 class NextTokenLoss(nn.Module):
     """Mean cross-entropy of the next token, in float32: what is trained.
 
-    It is a module of its own because of DDP and torch.compile. DDP averages gradients across ranks
-    only for what the forward of the module that it wraps has computed. A loss computed beside that
-    forward would leave the ranks with different gradients, without an error. So DDP wraps this
-    module, and torch.compile compiles it: both see tokens come in and one number come out, with
-    the network, the head and the loss in one graph. Nothing outside of it is compiled.
+    The loss is the forward of a module because of DDP and torch.compile. DDP averages gradients
+    over ranks, but only those of what its wrapped forward computes. If the loss were computed outside of
+    that forward, each rank would keep gradients of its own, without an error. torch.compile sees
+    the network, the head and the loss as one graph, with tokens as input and one number as output.
 
-    It never holds the logits of a whole batch. They would be its largest tensor by far, because a
-    token has V = 50257 logits and only C = 768 channels. LinearCrossEntropy says how.
+    It never holds more than LOSS_ROWS rows of logits. Those of a large batch would be its largest
+    tensor by far, because a token has V = 50257 logits and only C = 768 channels.
+    LinearCrossEntropy says how.
     """
 
     def __init__(self, model: GPT):
@@ -357,7 +360,7 @@ class NextTokenLoss(nn.Module):
             x.flatten(0, 1),
             self.model.transformer.wte.weight,
             targets.flatten(),
-            torch.is_grad_enabled(),
+            torch.is_grad_enabled(),  # asked here, since inside of `apply` it is always off
         )
 
 
@@ -376,7 +379,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, needs_grad):
         """x (N, C), weight (V, C), targets (N,) int64. Returns the loss, a float32 scalar."""
         N, V = x.size(0), weight.size(0)
-        padding = -V % LOSS_ALIGNMENT
+        padding = -V % LOSS_ALIGNMENT  # rows up to the next multiple
         w = weight.to(x.dtype)
         if padding:
             w = F.pad(w, (0, 0, 0, padding))  # (P, C), P = V + padding
@@ -401,22 +404,21 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_logits = _probabilities_minus_target(log_p, target).to(x.dtype)  # (n, P)
                 dx[start : start + chunk] = d_logits @ w
                 dw += d_logits.t() @ rows
-            del logits, log_p
-            d_logits = None  # all of this chunk is freed before the next one is made
+            logits = log_p = d_logits = None  # free this chunk before the next one is made
 
         ctx.save_for_backward(dx, dw[:V] if needs_grad else None)
         return loss / N
 
     @staticmethod
     def backward(ctx, grad):
-        """grad: the gradient of what is minimised by this loss, a scalar."""
+        """grad: the derivative of the final loss by the one returned here, a scalar."""
         dx, dw = ctx.saved_tensors
         scale = grad / dx.size(0)
         return dx * scale, dw * scale, None, None
 
 
 def _probabilities_minus_target(log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """exp(log_p) - one_hot(target), float32 (n, P). Overwrites log_p (n, P) outside of compile."""
+    """exp(log_p) - one_hot(target), float32 (n, P). It may overwrite log_p (n, P)."""
     if torch.compiler.is_compiling():
         # Compiled, this is one pass over the logits, and no float32 tensor of their size is made.
         # A scatter would need one.
@@ -489,12 +491,14 @@ def network_probe() -> list[float]:
     """What the network computes, as four numbers: logits of a tiny model with fixed weights.
 
     A saved model carries them. If somebody edits the network, another activation for instance, the
-    numbers change, and a model saved by the code of before is refused instead of giving plausible
-    nonsense. A change of formatting, names or speed leaves them as they are.
+    numbers change. Then a model that was saved before the edit is refused, instead of giving
+    plausible nonsense. A change of formatting, names or speed leaves them as they are.
     """
     config = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # leaves training's dropout as is
-        model = GPT(config).double().eval()
+    # It is called beside a training step, whose dropout must not find random numbers used up.
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to_empty(device="cpu").double().eval()
     for number, parameter in enumerate(model.parameters(), start=1):
         places = torch.arange(parameter.numel(), device="cpu", dtype=torch.float64)
         parameter.copy_(torch.sin(number + 1.7 * places).view(parameter.shape))
@@ -636,7 +640,7 @@ def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
     """By our names, all tensors that are parameters or the head. Reads the headers alone."""
     stored = {}
     for file in _weight_files(folder):
-        for name, entry in _read_header(file).items():
+        for name, entry in read_header(file).items():
             # Older files carry the causal mask, which is no parameter.
             if name == "__metadata__" or name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue
@@ -659,7 +663,7 @@ def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
     return stored
 
 
-def _read_header(file: Path) -> dict[str, dict]:
+def read_header(file: Path) -> dict[str, dict]:
     """The header of a safetensors file: name, dtype and shape of each tensor."""
     if not file.is_file():
         raise _no_weights(file)
@@ -719,6 +723,7 @@ def _read_tensors(stored: dict[str, _StoredTensor]) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt") as f:  # maps the file: `convert` reads it
             mapped = [(our_name, f.get_tensor(name)) for our_name, name in names]
 
+        # `file=file` keeps this file's name, as the loop goes on before the threads run.
         def convert(item: tuple[str, torch.Tensor], file: Path = file) -> torch.Tensor:
             name, tensor = item
             tensor = tensor.float()
@@ -744,7 +749,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the parts that model.safetensors.index.json names."""
     index = folder / INDEX
     if (folder / "model.safetensors").exists() or not index.exists():
-        return [folder / "model.safetensors"]
+        return [folder / "model.safetensors"]  # where there is neither, reading it says so
     weight_map = _read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:
@@ -869,7 +874,7 @@ def _download(
         if missing_ok and isinstance(error, EntryNotFoundError):
             raise
         if isinstance(error, OSError) and error.errno:
-            raise  # the disk's fault, which it names
+            raise  # a fault of the disk; the error names the file
         found, remedy = _download_fault(error, file)
         raise _download_error(name, found, remedy) from None
 
@@ -909,7 +914,7 @@ def _download_fault(error: Exception, file: str) -> tuple[str, str]:
     reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
     reason = re.sub(r"://[^/\s]*@", "://", reason)  # HF_ENDPOINT may hold a password
     return (
-        "no such directory, not in the hub client's cache, and not to be had from the hub "
+        "no such directory, not in the hub client's cache, and the hub cannot be reached "
         f"({_plain(reason)})",
         "check the name, the connection, HF_ENDPOINT and HF_HUB_OFFLINE, then try again",
     )

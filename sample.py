@@ -11,8 +11,8 @@ model reads that token, and so on. A cache (model.KVCache) holds the attention k
 all tokens read so far, so each token is read only once.
 
 When the context is full: GPT-2 has learned block_size positions and no more. After the token at
-the last position, the cache is emptied, the last block_size // 2 tokens of the text are read again
-from position 0, and generation goes on behind them. A prompt of more than block_size tokens starts
+the last position, the cache starts again at position 0: the last block_size // 2 tokens of the text
+are read into it, and generation goes on behind them. A prompt of more than block_size tokens starts
 in the same way: only its last block_size // 2 tokens are read.
 
 Shapes: B samples, T tokens, V = vocab_size.
@@ -70,11 +70,12 @@ def next_token(
     V = logits.size(-1)
     k = V if top_k is None else min(top_k, V)
     has_nucleus = top_p is not None and top_p < 1
-    is_sorted = k < V or has_nucleus
+    is_sorted = k < V or has_nucleus  # the nucleus alone needs all V tokens in order
     if is_sorted:
         logits, tokens = logits.topk(k)  # both (B, k), the likeliest first
     p = torch.softmax(logits / temperature, -1)
     if has_nucleus:
+        # A token is in the nucleus if those before it do not reach top_p yet.
         p_of_likelier = p.cumsum(-1) - p
         p = p.masked_fill(p_of_likelier >= top_p, 0.0)
     # If every e_i is drawn from Exp(1), the argmax of p_i / e_i is i with probability p_i.
@@ -124,11 +125,11 @@ def stream(
 ) -> Iterator[torch.Tensor]:
     """Continue the prompts idx, int64 (B, T), and yield the new tokens one by one, int64 (B, 1).
 
-    The model must be in eval mode. It ends after max_new_tokens, or when all rows have stopped.
+    The model must be in eval mode. The texts end after max_new_tokens, or when all have stopped.
     temperature, top_k, top_p, generator: how a token is drawn, see `next_token`.
     stop_token: a row that has drawn it has stopped, and yields it from then on; None: never.
     vocab_size: draw only ids below it, for a model with more rows than its encoding has tokens.
-    compiled: compile the reading of one token; None: when so many are wanted that it pays.
+    compiled: compile the reading of one token; None: decide by the number of tokens wanted.
     Raises UserError for settings that `check_sampling` refuses.
     """
     check_sampling(temperature, top_k, top_p)
@@ -139,7 +140,7 @@ def stream(
     cache = new_cache(model, len(idx), idx.size(1) + max_new_tokens, compiled)
     num_reread = max(1, block_size // 2)  # tokens that are read again when the context is full
 
-    text = [idx]  # all tokens so far, in pieces of shape (B, …)
+    pieces = [idx]  # all tokens so far, in pieces of shape (B, …)
     unread = idx  # the tokens that the model reads next
     if idx.size(1) > block_size:
         unread = idx[:, -num_reread:]
@@ -150,10 +151,10 @@ def stream(
     for n in range(max_new_tokens):
         # 1) Read: afterwards the cache holds num_cached tokens, and nothing is unread.
         if on_cpu and not compiled:
-            cache.seen = num_cached  # attention looks at the filled part of the cache alone
+            cache.attended_length = num_cached  # the filled part of the cache
         read = compiled_read() if compiled and unread.size(1) == 1 else last_logits
         with masked_attention(idx.device):
-            logits = read(model, unread, cache)[:, :vocab_size]  # (B, V)
+            logits = read(model, unread, cache)[:, :vocab_size]  # (B, V); None keeps all columns
 
         # 2) Draw.
         token = next_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
@@ -161,9 +162,10 @@ def stream(
             token = token.masked_fill(stopped, stop_token)
             stopped |= token == stop_token
         yield token
-        text.append(token)
+        pieces.append(token)
 
-        # 3) Stop when all rows have stopped. To look makes the host wait for a GPU: now and then.
+        # 3) Stop when all rows have stopped. Asking makes the host wait for a GPU, so it is asked
+        # only now and then there.
         may_look = on_cpu or n % 16 == 0
         if stop_token is not None and may_look and stopped.all():
             return
@@ -174,7 +176,7 @@ def stream(
             unread = token
             num_cached += 1
         else:
-            unread = torch.cat(text, 1)[:, -num_reread:]
+            unread = torch.cat(pieces, 1)[:, -num_reread:]
             num_cached = num_reread
             cache.position.zero_()
 
@@ -226,7 +228,7 @@ def generate(
     temperature, top_k, top_p, generator: how a token is drawn, see `next_token`.
     stop_token: a row that has drawn it is filled up with it; None: never.
     vocab_size: draw only ids below it, for a model with more rows than its encoding has tokens.
-    compiled: compile the reading of one token; None: when so many are wanted that it pays.
+    compiled: compile the reading of one token; None: decide by the number of tokens wanted.
     Raises UserError for settings that `check_sampling` refuses.
     """
     was_training = model.training
@@ -360,7 +362,8 @@ def stream_text(
 
 # ---------------------------------------------------------------------------- faster reading
 
-# From how many new tokens on a preparation is worth its time. On a CPU compiling saves nothing.
+# Numbers of new tokens from which on a preparation saves more time than it takes. On a CPU
+# compiling saves none.
 PACK_REPAID = 100  # CPU, measured at 124M parameters: 0.4 s once, 5 ms saved a token
 COMPILE_REPAID = 10_000  # CUDA, an estimate: some 30 s once, a few ms saved a token
 
@@ -372,10 +375,10 @@ def compiled_read():
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a bfloat16 weight in the layout that oneDNN multiplies few rows by.
+    """A linear layer whose bfloat16 weight is in oneDNN's layout for products with few rows.
 
-    torch.compile uses these two operators for constant weights. Here they come without the minute
-    that a compiler takes.
+    torch.compile would use the same two operators for constant weights, after a minute of
+    compiling.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
@@ -403,7 +406,7 @@ def pack_linears(model: GPT, rows: int) -> bool:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight, child.bias, rows))
-    model.head = PackedLinear(weight, None, rows).forward
+    model.head = PackedLinear(weight, None, rows).forward  # the head is a method, not a layer
     return True
 
 

@@ -130,17 +130,17 @@ def save_tokenizer(
 def check_tokenizer(folder: str | os.PathLike, encoding: tiktoken.Encoding) -> None:
     """Refuse a model whose tokenizer files, if it has any, say something else than `encoding`.
 
-    Read are vocab.json, merges.txt and tokenizer.json. Tokens added after those of the encoding are
+    It reads vocab.json, merges.txt and tokenizer.json. Tokens added after those of the encoding are
     allowed. Raises UserError, which names the file.
     """
     folder = Path(folder)
     vocab = _visible_vocabulary(encoding)
     if (folder / "vocab.json").exists():
         file = folder / "vocab.json"
-        _check_vocabulary(file, read_json(file, {str: int}, limit=2**26), vocab)
+        _check_vocabulary(file, read_json(file, {str: int}, limit=2**24), vocab)
     if (folder / "merges.txt").exists():
         file = folder / "merges.txt"
-        lines = read_bytes(file, limit=2**26).decode(errors="replace").split("\n")
+        lines = read_bytes(file, limit=2**24).decode(errors="replace").split("\n")
         lines = [line.rstrip("\r") for line in lines if not line.startswith("#version")]
         _check_merges(file, [line for line in lines if line], encoding)
     if (folder / "tokenizer.json").exists():
@@ -149,7 +149,7 @@ def check_tokenizer(folder: str | os.PathLike, encoding: tiktoken.Encoding) -> N
             "added_tokens?": [{"id": int, "content": str}],
             "model": {"vocab": {str: int}, "merges?": [(str, list)]},
         }
-        content = read_json(file, shape, limit=2**26)
+        content = read_json(file, shape, limit=2**24)
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         _check_vocabulary(file, content["model"]["vocab"] | added, vocab)
         merges = []
@@ -159,8 +159,8 @@ def check_tokenizer(folder: str | os.PathLike, encoding: tiktoken.Encoding) -> N
 
 
 def _check_vocabulary(file: Path, found: dict[str, int], expected: dict[str, int]) -> None:
-    inside = {token: i for token, i in found.items() if i < len(expected)}
-    if inside != expected:
+    not_added = {token: i for token, i in found.items() if i < len(expected)}
+    if not_added != expected:
         raise UserError(
             f"{file}: a vocabulary of {len(found):,} tokens that is not this encoding's",
             expected=f"the {len(expected):,} tokens of the encoding in their order",
@@ -231,6 +231,7 @@ def _two_parts(token: bytes, ranks: dict[bytes, int], rank: int) -> list[bytes]:
     """The token's bytes after every merge of a lower rank, applied lowest first as in BPE."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
+        # A pair that is no token cannot be merged: it gets the token's own rank, higher than all.
         pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
         i = pair_ranks.index(min(pair_ranks))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -320,6 +321,8 @@ def _npy_header(path: Path, start: bytes) -> tuple[int, int]:
     Its header is the text of a Python dictionary. It is matched and never evaluated, so that any
     other array, pickled objects above all, is refused.
     """
+    # Versions 1 and 2 of the format give the header's length in 2 and in 4 bytes. With neither
+    # the header below is empty, and so refused.
     length_bytes = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(start[:8], 0)
     header_end = 8 + length_bytes + int.from_bytes(start[8 : 8 + length_bytes], "little")
     header = start[8 + length_bytes : header_end]
@@ -404,7 +407,7 @@ class TokenArray:
             shard = self.shards[i]
             shard_start = int(self.ends[i]) - shard.count
             first = start + filled - shard_start
-            part = _map(shard)[first : first + len(result) - filled]
+            part = _map(shard)[first : first + len(result) - filled]  # ends with the shard
             if part.max() >= self.vocab_size:
                 raise UserError(
                     f"{shard.path}: token {part.max()} near position {first:,}",
@@ -445,15 +448,15 @@ class TokenData:
     fingerprint: str
 
 
-# The most tokens that validate where nobody has said which ones should: build-nanogpt's and our
-# evaluation reads 10,485,760, and the last of them needs a target.
-MOST_VALIDATION_TOKENS = 10_485_760 + 1
+# Where no file is named a validation shard, the end of the corpus validates: a tenth of it, but not
+# more than this. An evaluation reads 10,485,760 tokens, and the last one needs a target.
+MAX_VALIDATION_TOKENS = 10_485_760 + 1
 
 
 def open_data(folder: str | os.PathLike) -> TokenData:
     """Open a data directory, ours or a foreign one. Reads only; needs no right to write.
 
-    Checked are the manifest, every shard's header and size, and that a foreign directory is whole
+    It checks the manifest, every shard's header and size, and that a foreign directory is complete
     as far as its names tell. The tokens are checked when they are read, or by `verify`.
     """
     folder = Path(folder)
@@ -524,7 +527,7 @@ def _split(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
     """The shards for training and those for validation.
 
     Names say which is which, as in `corpus_val_000000.bin`. Where none does, as in datatrove's
-    files, the last tenth of all tokens validates, whatever the number of files.
+    files, the last tenth of all tokens validates, at most MAX_VALIDATION_TOKENS.
     """
     train = []
     val = []
@@ -536,21 +539,22 @@ def _split(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
     if val:
         return train, val
     total = sum(shard.count for shard in shards)
-    return _cut(shards, total - min(total // 10, MOST_VALIDATION_TOKENS))
+    return _cut(shards, total - min(total // 10, MAX_VALIDATION_TOKENS))
 
 
-def _cut(shards: list[Shard], position: int) -> tuple[list[Shard], list[Shard]]:
-    """Divide shards into those before token `position` of their array, and those from it on."""
+def _cut(shards: list[Shard], num_tokens: int) -> tuple[list[Shard], list[Shard]]:
+    """Divide shards into their first `num_tokens` tokens and the others."""
+    remaining = num_tokens  # of the first part
     before_cut = []
     after_cut = []
     for shard in shards:
-        count = max(0, min(shard.count, position))  # how many of this shard's tokens come before
+        count = min(shard.count, remaining)  # tokens of this shard in the first part
         if count > 0:
             before_cut.append(replace(shard, count=count))
         if count < shard.count:
             rest = replace(shard, offset=shard.offset + 2 * count, count=shard.count - count)
             after_cut.append(rest)
-        position -= count
+        remaining -= count
     return before_cut, after_cut
 
 
@@ -558,8 +562,8 @@ def _check_datatrove(folder: Path, names: list[str]) -> None:
     """Refuse a directory that datatrove has not finished, as far as its names tell.
 
     A task first writes `00003_unshuffled.ds`, then its index, then its metadata. If documents are
-    shuffled, it next writes the same tokens as `00003_00000_doc_shuffled.ds` and removes the first
-    file, unless that one is empty. So these signs are looked for:
+    shuffled, it next writes the same tokens as `00003_00000_doc_shuffled.ds` and removes the
+    unshuffled file, unless the unshuffled file is empty. So these signs are looked for:
 
     1. a file has no index or no metadata while other files have them;
     2. a file that is not empty is called unshuffled while others are called shuffled;
@@ -608,8 +612,8 @@ SAMPLES = 2**12
 def _fingerprint(folder: Path, shards: list[Shard]) -> str:
     """A hash of the manifest or the names, and of blocks spread evenly over every shard.
 
-    A corpus of less than 64 MB is hashed whole. Of a larger one a change in a block that is not
-    sampled goes unseen; `verify` reads everything.
+    A corpus of less than 64 MB is hashed whole. In a larger one most blocks are not read, and a
+    change in these is not seen. `verify` reads everything.
     """
     digest = hashlib.sha256()
     if (folder / "manifest.json").exists():
@@ -697,7 +701,7 @@ def verify_shards(folder: Path, manifest: dict) -> None:
 def verify(folder: Path) -> int:
     """Read everything and return the number of tokens.
 
-    Checked are all sizes, the range of every token and, where there is a manifest, every sha256.
+    It checks all sizes, the range of every token and, where there is a manifest, every sha256.
     A foreign directory has no hashes: there a changed token is found only outside the vocabulary.
     """
     data = open_data(folder)
@@ -739,14 +743,15 @@ def _permute(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """A pseudorandom permutation of 0 … n-1, evaluated at `places`, without storing it.
 
     A Feistel network permutes the numbers of 2h bits, whatever its round function is (Luby and
-    Rackoff 1988). Its domain 0 … 4^h-1 is a little larger than 0 … n-1. A result of n or more is
-    therefore put in again until one below n comes out; the whole is then a permutation of 0 … n-1
-    (cycle walking, Black and Rogaway 2002). The domain is less than four times n, so this is short.
+    Rackoff 1988). Its domain 0 … 4^h-1 is a little larger than 0 … n-1. If a result is n or more,
+    the network is applied to that result again, until one is below n. This makes a permutation of
+    0 … n-1 (cycle walking, Black and Rogaway 2002). The domain is at most four times as large as n,
+    so few rounds are needed.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     round_keys = _round_keys(seed, epoch)
     result = places.astype(np.uint64)
-    outside = np.ones(len(result), dtype=bool)
+    outside = np.ones(len(result), dtype=bool)  # results that are not below n yet; at first all
     while outside.any():
         result[outside] = _feistel(result[outside], half_bits, round_keys)
         outside = result >= n
@@ -763,8 +768,8 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
 def _feistel(x: np.ndarray, half_bits: int, round_keys: np.ndarray) -> np.ndarray:
     """One pass of the network over numbers of 2 * half_bits bits.
 
-    A round keeps the right half and changes the left half by a function of the right one, so it can
-    be undone, and no two numbers become one.
+    A round changes the left half by a function of the right half, and then swaps the halves. It can
+    be undone, so no two numbers become one.
     """
     shift = np.uint64(half_bits)
     low_bits = np.uint64((1 << half_bits) - 1)

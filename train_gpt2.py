@@ -30,11 +30,13 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import shlex
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -53,7 +55,7 @@ import fineweb
 import hellaswag
 import run_directory
 from cli import FailedElsewhere, Stopped, StopRequest, UserError, parse_flags, run_script
-from files import read_json
+from files import plain_name, read_bytes, read_json, write_file
 from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
 from gradients import check_tree, sum_in_fixed_order
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
@@ -97,10 +99,12 @@ class TrainConfig:
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     # weights to start from: hub name, run, checkpoint or Hugging Face directory; empty: random ones
     init_from: str = ""
-    # run directory; empty: runs/<recipe>, or with -2, -3, … behind it where that is a run already
+    # run directory; empty: runs/<recipe>, or runs/<recipe>-2, -3, … if that one holds a run
     out: str = ""
     resume: bool = False  # continue the run in --out; start it if there is none
-    config: str = ""  # a saved train.json to take all values from; other flags override them
+    # a saved train.json to take all values from; other flags override them, and --data, --init-from
+    # and --wandb must be flags if somebody else wrote the file
+    config: str = ""
     eval_only: bool = False  # measure --init-from on --data, and train nothing
     dry_run: bool = False  # print what the run would cost, and train nothing
     gpus: int = 0  # number of GPUs that --dry-run plans for; 0: this machine
@@ -118,7 +122,8 @@ class TrainConfig:
 
     max_steps: int = 19_073  # updates in all: the end of the run and of its learning rate
     total_batch_tokens: int = 524_288  # tokens per update, over all ranks and micro-batches
-    # sequences that go through the model at once on each rank; lower it when memory runs out
+    # sequences that go through the model at once on each rank; lower it when memory runs out (with
+    # dropout they go through one by one in any case)
     micro_batch: int = 16
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices
     learning_rate: float = 6e-4  # AdamW's peak, which the warm-up ends at
@@ -164,6 +169,14 @@ class TrainConfig:
         for name in ("dropout", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         self._require("seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
+        self._require("max_steps", self.max_steps <= 10**9, "at most 10^9")
+        self._require("total_batch_tokens", self.total_batch_tokens <= 2**28, "at most 2^28")
+        self._require("recipe", plain_name(self.recipe), "a name")  # of a folder below runs/
+        for field in dataclasses.fields(self):
+            choices = typing.get_args(field.type)
+            if choices:
+                good = getattr(self, field.name) in choices
+                self._require(field.name, good, f"one of {', '.join(choices)}")
         if self.total_batch_tokens % self.seq_len:
             nearest = max(1, round(self.total_batch_tokens / self.seq_len)) * self.seq_len
             raise UserError(
@@ -274,9 +287,9 @@ RECIPES = {
     ),
 }
 
-# What may differ when a run is continued. Every other flag is refused then: those that change what
-# is learned, and those that decide what is compared (eval_tokens, keep_best) or where weights came
-# from (init_from). Other data is recognised by its fingerprint, not by its path.
+# Flags whose value may change when a run is continued. A changed value of any other flag is
+# refused: it would change what is learned, what validations compare, or which checkpoint is the
+# best. The path of the data may change, since the data are known by their fingerprint.
 FREE_ON_RESUME = {
     "out",
     "resume",
@@ -347,34 +360,41 @@ def step_batches(
             yield batch
 
 
-def make_loss(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Module:
-    """The training forward: `loss(idx, targets)`, distributed and compiled as configured.
+def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Module:
+    """The module that training calls: `loss_fn(idx, targets)` is the loss of a micro-batch.
 
-    DDP averages gradients over ranks in the backward pass of what its own forward has computed, so
-    it wraps the module whose forward is the loss. torch.compile compiles that forward and its
-    backward, with DDP's averaging in between. Nothing else is wrapped or compiled: evaluation,
-    samples and checkpoints use `model` itself.
+    Up to three layers, from the inside:
+    1) NextTokenLoss runs the model and computes the loss.
+    2) With several ranks, DDP (DistributedDataParallel) is around it. Each rank has a copy of the
+       model and its own part of the batch. In the backward pass DDP replaces each gradient by its
+       mean over the ranks, so that all copies make the same update. It gathers the gradients in
+       buckets, large pieces of memory that are sent at once; each `p.grad` is a part of a bucket.
+       DDP acts on what is computed by the forward that it wraps. So the loss must be a forward.
+    3) torch.compile, if it is asked for, compiles forward and backward together.
+
+    Evaluation, samples and checkpoints use the plain `model`.
     """
-    loss = NextTokenLoss(model)
-    if rt.world_size > 1 and not config.deterministic:
+    loss_fn = NextTokenLoss(model)
+    uses_ddp = rt.world_size > 1 and not config.deterministic
+    if uses_ddp:
         devices = [rt.device] if rt.device.type == "cuda" else None
-        loss = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+        loss_fn = DistributedDataParallel(loss_fn, device_ids=devices, gradient_as_bucket_view=True)
     if config.compile:
-        loss = rt.compile(loss, config.seq_len)
-    if rt.world_size > 1 and not config.deterministic:
-        settle_buckets(loss, model, config, rt)
-    return loss
+        loss_fn = rt.compile(loss_fn, config.seq_len)
+    if uses_ddp:
+        warm_up_ddp(loss_fn, model, config, rt)
+    return loss_fn
 
 
-def settle_buckets(loss_fn: nn.Module, model: GPT, config: TrainConfig, rt: Runtime) -> None:
-    """Let DDP lay out its buckets before the first step.
+def warm_up_ddp(loss_fn: nn.Module, model: GPT, config: TrainConfig, rt: Runtime) -> None:
+    """Let DDP choose its final buckets before the first step, in two backward passes on zeros.
 
-    DDP sorts gradients into buckets by guess, and sorts them anew after the first backward pass.
-    The order in which gloo sums depends on the buckets. Without this a resumed run would have one
-    step with the guessed layout that the undisturbed run has not, and three ranks or more would
-    part from it in the last bits.
+    In its first pass DDP guesses which gradients share a bucket. After that pass it knows in which
+    order gradients come, and makes other buckets. The last bits of a sum over three ranks or more
+    depend on the buckets. A run that is stopped and continued makes its first pass twice. So that
+    pass must not be part of a step, or the continued run would differ from an undisturbed one.
     """
-    B = sequences_at_once(config)
+    B = micro_batch_size(config)
     idx = torch.zeros(B, config.seq_len, dtype=torch.long, device=rt.device)
     for _ in range(2):
         with rt.autocast(), rt.attention(config.seq_len):
@@ -394,7 +414,7 @@ def train_step(
 
     Returns the mean loss of the global batch before the update, in nats per token, and the norm of
     its gradient before clipping. Raises UserError on every rank, before anything is updated, when
-    one of them is not finite. `step` seeds dropout.
+    loss or norm is not finite. `step` seeds dropout.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # 1) After this line every rank holds the gradient of the mean loss of the global batch.
@@ -409,12 +429,13 @@ def train_step(
         raise UserError(
             f"loss {loss}, gradient norm {gradient_norm} in update {step + 1}",
             expected="finite numbers",
-            remedy="nothing was updated; go on from the last checkpoint with --resume if there is "
-            "one, or start anew with a lower --learning-rate",
+            remedy="nothing was updated; start anew with a lower --learning-rate, from the last "
+            "checkpoint's weights with --init-from if there is one",
         )
     # 3) After this line the weights are updated, the same on every rank.
     optimizer.step()
-    # DDP's gradients are parts of its buckets. Dropping them would make it copy them back.
+    # With one rank the gradients are freed. With several they are set to zero, since each is a
+    # part of one of DDP's buckets. A freed one would have to be copied into the bucket again.
     optimizer.zero_grad(set_to_none=rt.world_size == 1)
     return loss, gradient_norm
 
@@ -423,19 +444,22 @@ def backward(
     loss_fn: nn.Module, batch: torch.Tensor, config: TrainConfig, rt: Runtime, step: int
 ) -> torch.Tensor:
     """Accumulate the gradient over micro-batches and ranks; returns the mean loss of all."""
-    micro_batches = batch.split(sequences_at_once(config))
+    micro_batches = batch.split(micro_batch_size(config))
     total = torch.zeros((), device=rt.device)
     for i, windows in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
-        # Ranks accumulate alone until the last micro-batch. In its backward pass DDP averages what
-        # has been accumulated over the ranks: the one time in a step that gradients meet.
-        alone = rt.world_size > 1 and not is_last
-        with loss_fn.no_sync() if alone else contextlib.nullcontext():
+        # Each rank adds up the gradients of its micro-batches by itself (no_sync). Only in the
+        # backward pass of the last one does DDP take the mean over the ranks of what they have
+        # added up. This is the one place of a step where gradients meet.
+        averaging = contextlib.nullcontext()
+        if rt.world_size > 1 and not is_last:
+            averaging = loss_fn.no_sync()
+        with averaging:
             loss = micro_batch_loss(loss_fn, windows, config, rt, step, i)
             loss = loss / len(micro_batches)
             loss.backward()
         total += loss.detach()
-    return rt.sum(total) / rt.world_size
+    return rt.sum(total) / rt.world_size  # DDP has divided the gradients, not this number
 
 
 def backward_in_fixed_order(
@@ -446,26 +470,30 @@ def backward_in_fixed_order(
     rt: Runtime,
     step: int,
 ) -> torch.Tensor:
-    """The same, summed in an order that does not depend on the number of ranks (gradients.py)."""
-    micro_batches = batch.split(sequences_at_once(config))
+    """What `backward` does, with sums in an order that does not depend on the number of ranks.
 
-    def gradients() -> Iterator[list[torch.Tensor]]:
+    gradients.py adds up the micro-batches of a rank as they come, and then those sums over ranks.
+    """
+    micro_batches = batch.split(micro_batch_size(config))
+
+    def gradients_of_micro_batches() -> Iterator[list[torch.Tensor]]:
         for i, windows in enumerate(micro_batches):
             loss = micro_batch_loss(loss_fn, windows, config, rt, step, i)
             loss = loss / (len(micro_batches) * rt.world_size)
             loss.backward()
-            yield [loss.detach(), *(p.grad for p in parameters)]
+            gradients = [p.grad for p in parameters]
             for p in parameters:
-                p.grad = None
+                p.grad = None  # or the next backward pass would add to it
+            yield [loss.detach(), *gradients]
 
-    loss, *summed = sum_in_fixed_order(gradients(), rt)
+    loss, *summed = sum_in_fixed_order(gradients_of_micro_batches(), rt)
     for p, gradient in zip(parameters, summed, strict=True):
         p.grad = gradient
     return loss
 
 
-def sequences_at_once(config: TrainConfig) -> int:
-    """The size of a micro-batch; with dropout each sequence is one of its own."""
+def micro_batch_size(config: TrainConfig) -> int:
+    """Sequences per micro-batch; with dropout one, see `micro_batch_loss`."""
     return 1 if config.dropout else config.micro_batch
 
 
@@ -493,16 +521,19 @@ def evaluate(
     bytes_per_token: np.ndarray,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Validation loss over the first `eval_tokens` tokens of a split, the same on any ranks.
+    """Validation loss over the first `eval_tokens` tokens of a split.
 
     Returns val_loss in nats per token, bits_per_byte, and eval_tokens, the number of tokens
-    predicted. bytes_per_token is tokens.token_bytes of the encoding. Batch i is read by rank i mod
-    W. `between_batches` is called equally often on every rank, and may raise to end the evaluation.
+    predicted. bytes_per_token is tokens.token_bytes of the encoding. Rank i mod W reads batch i, so
+    the same tokens are read with any number of ranks. `between_batches` is called equally often on
+    every rank, and may raise to end the evaluation.
     """
     model.eval()
     loss_fn = NextTokenLoss(model)
     batches = evaluation_batches(data, config)
-    results = torch.zeros(len(batches), 3, dtype=torch.float64)  # nats, tokens, bytes of each batch
+    # A row for each batch: nats, tokens, bytes. A rank fills the rows of the batches that it reads,
+    # and leaves zeros in the others, so that the sum over ranks has every row.
+    results = torch.zeros(len(batches), 3, dtype=torch.float64)
     try:
         for first in range(0, len(batches), rt.world_size):
             between_batches()
@@ -518,7 +549,7 @@ def evaluate(
     finally:
         model.train()
     nats = tokens = text_bytes = 0.0
-    for row in rt.sum(results).tolist():  # in the order of batches, whoever read them
+    for row in rt.sum(results).tolist():
         nats += row[0]
         tokens += row[1]
         text_bytes += row[2]
@@ -555,7 +586,7 @@ def evaluation_batches(data: TokenArray, config: TrainConfig) -> list[Callable[[
 
 @dataclass(frozen=True)
 class Training:
-    """What `main` has built, as it travels through the loop."""
+    """What `main` has built and the loop uses."""
 
     config: TrainConfig
     rt: Runtime
@@ -579,13 +610,14 @@ def train(training: Training) -> None:
     step is done when the run is continued.
     """
     config, rt, run = training.config, training.rt, training.run
-    loss_fn = make_loss(training.model, config, rt)
+    loss_fn = make_loss_function(training.model, config, rt)
     batches = step_batches(training.data.train, config, run.step, rt)
     spare_garbage_collector()
     step = run.step
     with StopRequest() as stop, Progress(config, rt, run.step) as progress:
         check_stop = functools.partial(raise_if_any_rank_stops, stop, rt)
         try:
+            # The last round, at max_steps, only saves and reports.
             for step in range(run.step, config.max_steps + 1):
                 check_stop()
                 if is_due("save", step, training):
@@ -639,6 +671,8 @@ def is_due(event: str, step: int, training: Training) -> bool:
     """
     every = getattr(training.config, f"{event}_every")
     if every == 0 or (step == 0 and event != "eval"):
+        return False
+    if event == "hellaswag" and training.hellaswag_items is None:  # they could not be had
         return False
     if training.run.has_logged(event, step):
         return False
@@ -722,7 +756,7 @@ def write_sample(step: int, training: Training) -> None:
 def main(args: list[str] | None = None) -> None:
     """Configuration, runtime, run directory, data, model, optimizer, loop."""
     args = sys.argv[1:] if args is None else args
-    config, why = read_config(with_resume_after_restart(args))
+    config, why = config_of_command_line(with_resume_after_restart(args))
     rt = start(config.device, config.dtype)
     if config.eval_only:
         evaluate_only(config, rt)
@@ -735,6 +769,7 @@ def main(args: list[str] | None = None) -> None:
         return
     with open_run_directory(config, rt) as run:
         data = prepare_data(config, rt)
+        config = replace(config, tokenizer=data.encoding)  # shards say what they hold
         check_agreement(config, data, rt)
         checkpoint = rt.on_main(run.resume) if config.resume else None
         model = build_model(config, data, rt, checkpoint)
@@ -742,7 +777,7 @@ def main(args: list[str] | None = None) -> None:
         if checkpoint:
             load_checkpoint(checkpoint, model, optimizer, run, data)
         else:
-            saved = replace(config, resume=False, out="", tokenizer=data.encoding)
+            saved = replace(config, resume=False, out="")  # what a repetition needs
             rt.on_main(lambda: run.begin(asdict(saved)))
         if config.wandb and rt.is_main:
             run.also_log = open_wandb(config, run.folder)
@@ -765,9 +800,8 @@ def describe_runtime(rt: Runtime, config: TrainConfig) -> str:
 def describe_run(training: Training, checkpoint: Path | None) -> list[str]:
     """The plan of the run, and where its data and its directory are."""
     config, data, run = training.config, training.data, training.run
-    model_config = training.model.config
     lines = plan(
-        model_config,
+        training.model.config,
         training.rt,
         config.max_steps,
         config.total_batch_tokens,
@@ -778,7 +812,9 @@ def describe_run(training: Training, checkpoint: Path | None) -> list[str]:
         f"validation tokens ({data.encoding})"
     )
     where = f"run directory  {run.folder}"
-    if checkpoint:
+    if run.step == config.max_steps:
+        where += f", complete with {run.step} steps"
+    elif checkpoint:
         where += f", continuing after step {run.step}"
     lines += [where, ""]
     if config.warmup_steps >= config.max_steps:
@@ -791,28 +827,25 @@ def describe_run(training: Training, checkpoint: Path | None) -> list[str]:
 
 def dry_run(config: TrainConfig, rt: Runtime) -> list[str]:
     """What the run would cost."""
-    name = config.tokenizer
-    if Path(config.data).is_dir():
-        name = open_data(config.data).encoding
-    model_config = GPTConfig(
-        config.n_layer,
-        config.n_head,
-        config.n_embd,
-        config.seq_len,
-        ENCODINGS[name],
-        config.dropout,
-    )
-    run = (config.max_steps, config.total_batch_tokens)
+    if Path(config.data).is_dir() and holds_shards(config.data):
+        config = replace(config, tokenizer=open_data(config.data).encoding)
+    shape = model_config(config)
+    length_and_batch = (config.max_steps, config.total_batch_tokens)
     if config.gpus:
-        return plan_for(model_config, config.gpus, config.gpu, *run, config.micro_batch)
-    return [*plan(model_config, rt, *run, config.micro_batch), *plan_time(model_config, rt, *run)]
+        return plan_for(shape, config.gpus, config.gpu, *length_and_batch, config.micro_batch)
+    return [
+        *plan(shape, rt, *length_and_batch, config.micro_batch),
+        *plan_time(shape, rt, *length_and_batch),
+    ]
 
 
 def how_to_go_on(step: int, config: TrainConfig, run: RunDirectory) -> str:
     """The last line of a run that was stopped."""
     if run.last_saved != step:
-        return f"stopped after step {step}; nothing was saved, since --save-every is 0"
+        return f"stopped after step {step}; this step was not saved, since --save-every is 0"
     command = [*launcher(), "--out", str(run.folder), "--resume"]
+    if config.resume:  # its data may lie elsewhere now than where train.json says
+        command += ["--data", config.data]
     return f"stopped after step {step}; to go on: {shlex.join(command)}"
 
 
@@ -903,7 +936,7 @@ def directories_to_try(config: TrainConfig) -> Iterator[Path]:
 
 
 def try_to_claim(run: RunDirectory, config: TrainConfig) -> bool:
-    """Whether the directory is ours now. One that the user has named must be, or is refused."""
+    """Whether this process holds the directory now. Raises UserError if --out cannot be held."""
     try:
         run.claim(may_hold_run=config.resume)
     except UserError:
@@ -968,17 +1001,8 @@ def same_path(one: str, other: str) -> bool:
 def build_model(config: TrainConfig, data: TokenData, rt: Runtime, checkpoint: Path | None) -> GPT:
     """The model on its device, in training mode: from a checkpoint, from --init-from, or fresh."""
     torch.manual_seed(config.seed)
-    vocab_size = ENCODINGS[data.encoding]
     if not (checkpoint or config.init_from):
-        model_config = GPTConfig(
-            config.n_layer,
-            config.n_head,
-            config.n_embd,
-            config.seq_len,
-            vocab_size,
-            config.dropout,
-        )
-        return GPT(model_config).to(rt.device)
+        return GPT(model_config(config)).to(rt.device)
     name = str(checkpoint or config.init_from)
     model, encoding, picked = run_directory.load_model(name, rt.say, config.dropout)
     rt.say(f"weights        {picked}")
@@ -1005,6 +1029,18 @@ def build_model(config: TrainConfig, data: TokenData, rt: Runtime, checkpoint: P
     return model.to(rt.device).train()
 
 
+def model_config(config: TrainConfig) -> GPTConfig:
+    """The shape of the model that a configuration describes."""
+    return GPTConfig(
+        config.n_layer,
+        config.n_head,
+        config.n_embd,
+        config.seq_len,
+        ENCODINGS[config.tokenizer],
+        config.dropout,
+    )
+
+
 def load_checkpoint(
     checkpoint: Path,
     model: GPT,
@@ -1029,12 +1065,12 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
     sequences = config.sequences_per_step
     if sequences % (config.micro_batch * world_size) == 0:
         if config.deterministic:
-            check_tree(sequences // (sequences_at_once(config) * world_size), world_size)
+            check_tree(sequences // (micro_batch_size(config) * world_size), world_size)
         return
     sizes = []
     if sequences % world_size == 0:
         per_rank = sequences // world_size
-        sizes = [str(n) for n in range(1, per_rank + 1) if per_rank % n == 0]
+        sizes = [str(n) for n in range(1, min(per_rank, 1024) + 1) if per_rank % n == 0]
     expected = f"a multiple of {world_size * config.seq_len:,} tokens a batch"
     if sizes:
         expected = f"--micro-batch one of {', '.join(sizes)}"
@@ -1072,14 +1108,17 @@ def open_wandb(config: TrainConfig, folder: Path) -> Callable[[str, int, dict], 
             expected="it beside the other packages",
             remedy="pip install wandb, or drop the flag",
         ) from None
-    file = folder / "wandb_id"  # a continued run goes on under the same name
-    if not file.exists():
-        file.write_text(secrets.token_hex(4))
+    if (folder / "wandb").is_symlink():
+        raise UserError(
+            f"{folder / 'wandb'}: a symbolic link",
+            expected="the folder that wandb has made in the run directory",
+            remedy="remove the link",
+        )
     try:
         tracker = wandb.init(
             project="pygpt2",
             name=folder.name,
-            id=file.read_text(),
+            id=wandb_id(folder / "wandb_id"),
             resume="allow",
             dir=folder,
             config=asdict(config),
@@ -1097,6 +1136,20 @@ def open_wandb(config: TrainConfig, folder: Path) -> Callable[[str, int, dict], 
     return send
 
 
+def wandb_id(file: Path) -> str:
+    """The name under which a continued run goes on, made when the run is first tracked."""
+    if not file.exists():
+        write_file(file, secrets.token_hex(4).encode())
+    found = read_bytes(file, limit=64)
+    if not re.fullmatch(rb"[0-9a-f]{8}", found):  # as through a link: it would be sent
+        raise UserError(
+            f"{file}: {len(found)} bytes",
+            expected="eight hexadecimal digits",
+            remedy="remove it, and the run is tracked under a new name",
+        )
+    return found.decode()
+
+
 def spare_garbage_collector() -> None:
     """Exempt what exists now, and lives as long as the run, from Python's garbage collection."""
     gc.collect()
@@ -1104,7 +1157,7 @@ def spare_garbage_collector() -> None:
 
 
 def draw_curves_or_warn(folder: Path) -> None:
-    """curves.png, if it can be drawn: no picture is worth a run."""
+    """Draw curves.png. If that fails, say so, and let the run go on."""
     try:
         draw_curves([folder], folder / "curves.png")
     except Exception as error:
@@ -1176,15 +1229,11 @@ class Progress:
         return "  ".join(parts)
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Share of the devices' peak that the model's FLOPs are; None where no peak is known."""
+        """Model FLOPs a second over the devices' peak; None where no peak is known."""
         if not self.peak:
             return None
-        flops = flops_per_token(self.model_config())
+        flops = flops_per_token(model_config(self.config))
         return tokens_per_second * flops / (self.peak * self.rt.world_size)
-
-    def model_config(self) -> GPTConfig:
-        c = self.config
-        return GPTConfig(c.n_layer, c.n_head, c.n_embd, c.seq_len, ENCODINGS[c.tokenizer])
 
     def summary(self, elapsed: float) -> list[str]:
         """What is said at the end of a run: time, last validation, memory, utilisation."""
@@ -1216,35 +1265,53 @@ def peak_memory(device: torch.device) -> int:
 # ---------------------------------------------------------------------- the command line, read
 
 
-def read_config(args: list[str]) -> tuple[TrainConfig, str]:
+def config_of_command_line(args: list[str]) -> tuple[TrainConfig, str]:
     """The configuration of a command line, and one line that says where it comes from.
 
-    The flags override, in this order of preference: the train.json of the run that is continued,
-    the file that --config names, or a recipe.
+    All values come from one source, and flags replace single ones. The source is:
+    with --resume, the train.json of the run, if there is one;
+    with --config, that file;
+    else a recipe, with the shape of the model that --init-from names, if it is given.
     """
-    chosen = flags_that_choose(args)
-    recipe, why = choose_recipe(chosen)
-    if chosen.resume:
-        folder = run_to_continue(chosen, recipe)
+    source = parse_source_flags(args)
+    recipe, why = choose_recipe(source)
+    if source.resume:
+        folder = run_to_continue(source, recipe)
         if run_directory.is_run(folder):
-            saved = replace(read_train_json(folder / "train.json"), out=str(folder), resume=True)
-            config = parse_flags(TrainConfig, saved, __doc__, args)
-            refuse_changes(saved, config)
-            return config, f"recipe {config.recipe}, continuing {folder}"
+            return config_of_run(folder, source, args), f"continuing {folder}"
         why += f"; there is no run in {folder} yet, so it is started"
     defaults = RECIPES[recipe]
-    if chosen.config:
-        defaults = read_train_json(Path(chosen.config))
-        recipe = chosen.recipe or defaults.recipe
-        why = f"with the values of {chosen.config}"
-    elif chosen.init_from and not {"-h", "--help"}.intersection(args):
-        defaults = shaped_like(defaults, chosen.init_from)
+    asks_for_help = "-h" in args or "--help" in args
+    if source.config:
+        defaults = read_train_json(Path(source.config))
+        recipe = source.recipe or defaults.recipe
+        why = f"with the values of {source.config}"
+    elif source.init_from and not asks_for_help:  # help must not fetch a model
+        defaults = shaped_like(defaults, source.init_from)
     config = parse_flags(TrainConfig, replace(defaults, recipe=recipe), __doc__, args)
     return config, f"recipe {recipe}, {why}"
 
 
-def flags_that_choose(args: list[str]) -> argparse.Namespace:
-    """The flags that decide which defaults all flags override. tyro checks them later, with all."""
+def config_of_run(folder: Path, source: argparse.Namespace, args: list[str]) -> TrainConfig:
+    """The configuration of a run that is continued, with the flags that may change."""
+    if source.config:
+        raise UserError(
+            f"--config with --resume, and there is a run in {folder}",
+            expected="one of the two: a run is continued with its own configuration",
+            remedy="leave out --config, or start a new run",
+        )
+    saved = replace(read_train_json(folder / "train.json"), out=str(folder), resume=True)
+    config = parse_flags(TrainConfig, saved, __doc__, args)
+    refuse_changes(saved, config)
+    return config
+
+
+def parse_source_flags(args: list[str]) -> argparse.Namespace:
+    """The flags that say where the other values come from.
+
+    They are looked at first, without any check, because tyro needs the default of every flag before
+    it reads the command line. It reads and checks these again, with all the others.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("recipe", "data", "out", "config"):
         parser.add_argument(f"--{name}", nargs="?", default="")
@@ -1297,11 +1364,37 @@ def read_train_json(file: Path) -> TrainConfig:
             expected="the values that this version writes",
             remedy="use the version that wrote it, or start a new run",
         )
-    return TrainConfig(**values)
+    # Where a run is kept, and whether one is trained at all, is for the command line alone to say.
+    command = {"out": "", "resume": False, "config": "", "eval_only": False, "dry_run": False}
+    return TrainConfig(**(values | command))
+
+
+def refuse_foreign_values(file: Path, saved: TrainConfig, args: list[str]) -> None:
+    """Refuse to take from somebody else's train.json what reaches outside of the run directory.
+
+    Its data would be read, its initial weights fetched, and its log sent away. So these values must
+    be on the command line, unless this user wrote the file (run_directory.is_sealed). Rank 0 looks
+    for all, since other machines may know the user by another home directory.
+    """
+    if os.environ.get("RANK", "0") != "0" or run_directory.is_sealed(file):
+        return
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if "--no-wandb" in given:
+        given.add("--wandb")
+    # The initial weights of a run that has saved its own are not read again.
+    has_weights = bool(run_directory.step_directories(file.parent)) and saved.resume
+    for name in run_directory.REACHING_OUT:
+        value = getattr(saved, name)
+        if value and flag(name) not in given and not (name == "init_from" and has_weights):
+            raise UserError(
+                f"{file}: names {flag(name)} {str(value)[:200]!r}, and was not written by you here",
+                expected=f"{flag(name)} on the command line",
+                remedy="give the flag, with that value if you trust it, or with another",
+            )
 
 
 def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
-    """Refuse flags with which the run would go on as another one."""
+    """Refuse flags that would make another run of it."""
     changed = []
     for field in dataclasses.fields(TrainConfig):
         old, new = getattr(saved, field.name), getattr(config, field.name)
@@ -1337,11 +1430,15 @@ def shaped_like(defaults: TrainConfig, name: str) -> TrainConfig:
 
 
 def with_resume_after_restart(args: list[str]) -> list[str]:
-    """--resume added where torchrun has restarted us in a run that we had begun ourselves."""
+    """The arguments, with --resume added after a restart by torchrun.
+
+    When a process fails, torchrun starts all processes again with the same arguments, and counts
+    the restarts in the environment. If the failed ones had begun a run, it is continued.
+    """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts == 0 or "--resume" in args:
         return args
-    chosen = flags_that_choose(args)
+    chosen = parse_source_flags(args)
     recipe, _ = choose_recipe(chosen)
     chosen.resume = True
     if run_directory.was_begun_by_this_job(run_to_continue(chosen, recipe)):

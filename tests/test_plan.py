@@ -28,7 +28,7 @@ from plan import (
     parameters,
 )
 from runtime import Runtime, start
-from train_gpt2 import RECIPES, main, read_config
+from train_gpt2 import RECIPES, config_of_command_line, main
 
 DOC = (ROOT / "docs" / "scaling.md").read_text()
 
@@ -314,7 +314,7 @@ def test_commands_in_scaling_are_understood(tmp_path, monkeypatch):
     for command in commands:
         after_torchrun = command[command.index("torchrun") + 1 :]
         args = get_args_parser().parse_args(after_torchrun)
-        config, *_ = read_config(args.training_script_args)
+        config, *_ = config_of_command_line(args.training_script_args)
         assert args.training_script == "train_gpt2.py"
         assert config.resume
         assert config.out == f"runs/{config.recipe}"
