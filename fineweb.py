@@ -1,97 +1,128 @@
-"""Corpora into token shards: FineWeb-Edu, any hub dataset, local files, or shards that others have tokenised.
+"""Turn a corpus into token shards: FineWeb-Edu, any dataset on the hub, or local files.
 
-    python fineweb.py                                             FineWeb-Edu sample-10BT into edu_fineweb10B/
-    python fineweb.py --input 'books/**/*.txt' --out data/books   your own text
-    python fineweb.py --pretokenized --max-tokens 1_000_000_000   ready-made shards of FineWeb-Edu
-    python fineweb.py --verify edu_fineweb10B                     read and check everything
+    python fineweb.py                                            FineWeb-Edu into edu_fineweb10B/
+    python fineweb.py --input 'books/**/*.txt' --out data/books  your own text
+    python fineweb.py --pretokenized --max-tokens 1_000_000_000  ready-made shards of FineWeb-Edu
+    python fineweb.py --verify edu_fineweb10B                    read and check everything
 
-The parent reads batches of documents, workers tokenise them, the parent joins the tokens in order and writes shards.
-Each shard is committed together with the position of the source after it: killed at any moment and started again,
-the same command goes on after the last shard and ends with the same bytes, whatever the number of workers.
+The way of a token, from file to shard:
+
+    read     a source yields documents one by one, each with the position after it
+    batch    documents are collected into batches of about half a million characters
+    encode   threads turn batches into tokens (tiktoken releases the interpreter lock meanwhile)
+    write    the main thread joins the tokens in the order of the documents and cuts shards
+
+Each shard is committed together with the position of its last token. A preparation that was killed
+goes on after the last committed shard when the same command is run again. It ends with the same
+bytes as one that was never interrupted, whatever the number of threads.
 """
 
 import contextlib
+import csv
 import dataclasses
 import datetime
 import errno
 import functools
-import glob
 import hashlib
+import io
 import json
-import multiprocessing
+import math
 import os
 import re
+import shlex
 import shutil
-import signal
 import sysconfig
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import tiktoken
 
+import cli
 import tokens
 from cli import UserError, parse_flags, run_script
-from files import locked
+from files import locked, open_file, read_json, remove_leftovers
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-PRETOKENIZED = (
-    "kjj0/finewebedu10B-gpt2"  # the same corpus as llm.c shards, from the author of modded-nanogpt
-)
-TASK_BYTES = (
-    2**19
-)  # text per task: long enough to hide the cost of handing it over, short enough to keep memory small
-MOST_SKIPPED = 0.1  # of all documents; beyond that the input is not what was meant
-RETRIES = (
-    6  # in a row and without progress, after 1, 2, 4 … seconds, on top of the hub client's own
-)
+FINEWEB_EDU_SAMPLE = "sample-10BT"
+# The same corpus as llm.c shards, from the author of modded-nanogpt.
+PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
+
+FINEWEB_EDU_FOLDER = "edu_fineweb10B"  # where the default dataset is prepared
+FIRST_RUN_FOLDER = "data/first-run"  # where the first run's corpus is prepared
+
+# Characters in a batch: enough to hide the cost of handing it to a thread, little enough to keep
+# memory small.
+BATCH_CHARACTERS = 2**19
+# Bytes of the longest document that is read. A small compressed file can hold terabytes.
+MOST_DOCUMENT_BYTES = 2**30
+# Bytes of the largest .json array, which can only be read as a whole.
+MOST_JSON_BYTES = 2**28
+# Characters of a document that is pointed out as probably several.
+LONG_DOCUMENT = 10_000_000
+# Share of documents that may be unusable. Beyond it the input is not what was meant.
+MOST_SKIPPED = 0.1
+# Attempts at the hub in a row without progress, after 1, 2, 4 … seconds. The hub's client has its
+# own attempts below these.
+RETRIES = 6
+
+
+# ---------------------------------------------------------------------------------------- flags
 
 
 @dataclass(frozen=True)
-class Source:
-    dataset: str = FINEWEB_EDU  # dataset on the hub
-    name: str = (
-        "sample-10BT"  # its configuration, for example sample-100BT; '': the dataset's default one
-    )
-    split: str = "train"  # its split
-    revision: str = (
-        "main"  # branch, tag or commit; the commit it stands for is pinned in the manifest
-    )
-    text_column: str = "text"  # column, or key of a .jsonl line, that holds the text
-    input: tuple[
-        str, ...
-    ] = ()  # local files or globs instead: .txt and source files, .jsonl[.gz|.zst], .parquet
-    split_on: str = ""  # what separates documents inside a text file (\n and \t are understood); '': each file is one document
-    pretokenized: bool = False  # fetch ready-made llm.c shards (kjj0/finewebedu10B-gpt2, or --dataset), whole ones up to --max-tokens
+class PrepareConfig:
+    """What to prepare, and where to put it."""
 
+    # The hub's dataset to read.
+    dataset: str = FINEWEB_EDU
+    # The dataset's configuration, for example sample-100BT. '' means the dataset's default one.
+    name: str = FINEWEB_EDU_SAMPLE
+    # The dataset's split to read.
+    split: str = "train"
+    # Branch, tag or commit of the dataset. The manifest records the commit it stands for.
+    revision: str = "main"
+    # Column, or key of a JSON object, that holds the text.
+    text_column: str = "text"
+    # Local files, folders or globs to read instead of a dataset: text and source files, .jsonl,
+    # .json, .csv, .tsv (these also as .gz, .bz2 or .zst), .parquet, .arrow.
+    input: tuple[str, ...] = ()
+    # What separates documents inside a text file; \n, \r and \t are understood. '' means that each
+    # file is one document.
+    split_on: str = ""
+    # Download ready-made llm.c shards, whole ones up to --max-tokens.
+    pretokenized: bool = False
+    # The encoding of the shards.
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    # The output directory. '' means edu_fineweb10B for the default dataset, else data/<corpus>.
+    out: str = ""
+    # Tokens in a shard.
+    shard_tokens: int = 100_000_000
+    # Stop after this many tokens. 0 means never.
+    max_tokens: int = 0
+    # Encoding threads. 0 means one for each CPU core that this process may use.
+    workers: int = 0
+    # Check every size, sha256 and token of this data directory, and do nothing else.
+    verify: str = ""
 
-@dataclass(frozen=True)
-class Output:
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # encoding
-    out: str = (
-        ""  # output directory; '': edu_fineweb10B for the default dataset, else data/<corpus>
-    )
-    shard_tokens: int = 100_000_000  # tokens per shard
-    max_tokens: int = 0  # stop after so many tokens; 0: never
-    workers: int = 0  # tokenising processes; 0: one per CPU core
-    verify: str = ""  # check every size, sha256 and token of this data directory, and nothing else
-
-
-@dataclass(frozen=True)
-class PrepareConfig(Output, Source):
     def __post_init__(self):
-        for field, least in (("shard_tokens", 1), ("max_tokens", 0), ("workers", 0)):
-            if getattr(self, field) < least:
+        # A shard's header holds its token count in 31 bits.
+        for name, least, most in (
+            ("shard_tokens", 1, 2**31 - 1),
+            ("max_tokens", 0, 2**62),
+            ("workers", 0, 1024),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
                 raise UserError(
-                    f"--{field.replace('_', '-')} {getattr(self, field)}",
-                    expected=f"{least} or more",
-                    remedy="change it",
+                    f"--{name.replace('_', '-')} {value}",
+                    expected=f"a number from {least} to {most}",
+                    remedy="choose one in that range",
                 )
         if self.pretokenized and (self.input or self.tokenizer != "gpt2"):
             raise UserError(
@@ -103,232 +134,526 @@ class PrepareConfig(Output, Source):
     @property
     def corpus(self) -> str:
         """What the names of the shards begin with."""
-        if self.input:
-            name = Path(
-                self.input[0].split("*")[0]
-                if len(self.input) == 1
-                else os.path.commonpath(self.input)
-            ).name.split(".")[0]
-        else:
+        if not self.input:
             name = self.dataset.rsplit("/", 1)[-1]
-        return re.sub(r"[^\w.-]", "-", name).strip("-.") or "corpus"
+        elif len(self.input) == 1:
+            path = Path(self.input[0].split("*")[0])
+            name = path.name or path.resolve().name
+            name = name.split(".")[0]
+        else:
+            try:
+                name = Path(os.path.commonpath(self.input)).name.split(".")[0]
+            except ValueError:  # absolute and relative paths have nothing in common
+                name = ""
+        name = re.sub(r"[^\w.-]", "-", name)
+        # A file name has at most 255 bytes, and `_train_000000.bin.tmp` must fit behind this one.
+        name = name.encode()[:150].decode(errors="ignore")
+        return name.strip("-.") or "corpus"
 
     @property
-    def source(self) -> str:
-        """How messages name it."""
-        return (
-            " ".join(self.input[:3]) + " …" * (len(self.input) > 3)
-            if self.input
-            else f"--dataset {self.dataset} --name {self.name!r}"
-        )
+    def source_name(self) -> str:
+        """How messages name the source."""
+        if not self.input:
+            return f"--dataset {self.dataset} --name {self.name!r}"
+        more = " …" if len(self.input) > 3 else ""
+        return " ".join(self.input[:3]) + more
 
     @property
     def folder(self) -> Path:
-        is_default = not self.input and (self.dataset, self.name) == (FINEWEB_EDU, "sample-10BT")
-        return Path(self.out or ("edu_fineweb10B" if is_default else f"data/{self.corpus}"))
+        """The output directory."""
+        if self.out:
+            return Path(self.out)
+        if not self.input and (self.dataset, self.name) == (FINEWEB_EDU, FINEWEB_EDU_SAMPLE):
+            return Path(FINEWEB_EDU_FOLDER)
+        return Path("data") / self.corpus
 
 
-# ---------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------- read: what a source is
 
-# A source is a function of a position (None: the start) that yields (document, position after it, fraction of the source
-# then done). Positions are JSON; position and fraction are None where they are not known. What is not a str cannot be used.
-Rows = Iterator[tuple[Any, dict | None, float | None]]
+
+class Row(NamedTuple):
+    """One document of a source, as read.
+
+    document: a str; anything else cannot be used, and a ValueError says why.
+    position: JSON that says where to go on after this document; None where that is not known.
+    fraction: how much of the source has been read, or of the file where it is a file's row; None if
+    that is not known.
+    """
+
+    document: Any
+    position: Any
+    fraction: float | None
+
+
+# A source is a function of a position (None: the start) that yields what comes after it.
+Source = Callable[[Any], Iterator[Row]]
 
 
 def reason_to_skip(document: Any) -> str | None:
+    """Why a document cannot be used; None if it can."""
+    if isinstance(document, str):
+        return None
     if isinstance(document, ValueError):
         return str(document)
-    return (
-        None
-        if isinstance(document, str)
-        else "missing text"
-        if document is None
-        else f"{type(document).__name__} instead of text"
-    )
+    if document is None:
+        return "missing text"
+    return f"{type(document).__name__} instead of text"
 
 
-def read_text(files: list[str], text_column: str, split_on: str, position: dict | None) -> Rows:
-    """Local text, compressed (.gz, .bz2, .zst) or not: whole files, files split at a separator, or lines of JSON.
-
-    A position is a file and a byte of its uncompressed content.
-    """
-    first, start = (position["file"], position["byte"]) if position else (0, 0)
-    separator = split_on.replace("\\n", "\n").replace("\\t", "\t").encode()
-    ends = np.cumsum([os.path.getsize(file) for file in files])
-    for i in range(first, len(files)):
-        is_jsonl = ".jsonl" in Path(files[i]).suffixes
-        for piece, byte in pieces(files[i], b"\n" if is_jsonl else separator, start):
-            if is_jsonl and not piece.strip():
-                continue
-            done = ends[i] if byte is None else min(ends[i], (ends[i - 1] if i else 0) + byte)
-            yield (
-                decode(piece, text_column if is_jsonl else None),
-                {"file": i, "byte": byte} if byte else {"file": i + 1, "byte": 0},
-                done / max(1, ends[-1]),
-            )
-        start = 0
-
-
-def decode(piece: bytes, key: str | None) -> Any:
-    """The text of a document, or of this key of a JSON object."""
+def decode(content: bytes | bytearray) -> str | ValueError:
     try:
-        return json.loads(piece).get(key) if key is not None else piece.decode()
+        return content.decode()
     except UnicodeDecodeError:
         return ValueError("not UTF-8")
-    except (ValueError, AttributeError, RecursionError):
-        return ValueError("not a JSON object")
 
 
-def pieces(file: str, separator: bytes, start: int) -> Iterator[tuple[bytes, int | None]]:
-    """The parts of a file between separators, from byte `start` on, each with the byte after it; without separator the whole file."""
-    import pyarrow  # it opens compressed files as well as plain ones
+def text_of(item: Any, text_column: str) -> Any:
+    """The text of one JSON value: the value itself if it is a string, else one of its keys."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict):
+        return item.get(text_column)
+    return ValueError("not a JSON object")
+
+
+def check_column(text_column: str, columns: list[str]) -> None:
+    if text_column not in columns:
+        raise UserError(
+            f"--text-column {text_column}: no such column",
+            expected=f"one of {', '.join(map(str, columns))}",
+            remedy="choose the one with the text",
+        )
+
+
+def column_values(column: Any) -> list:
+    """The values of a pyarrow column of text. Those that are not UTF-8 become a ValueError each."""
+    import pyarrow
 
     try:
-        with pyarrow.input_stream(file) as stream:
-            if not separator:
-                yield stream.read(), None
-                return
-            position, rest = start, b""
-            if stream.seekable():
-                stream.seek(start)
-            while (
-                not stream.seekable() and start > 0
-            ):  # compressed: what is done has to be unpacked once more
-                start -= len(stream.read(min(start, 2**22))) or start
-            while chunk := stream.read(
-                max(2**22, len(rest))
-            ):  # growing: a long document is not copied again and again
-                *parts, rest = (rest + chunk).split(separator)
-                for part in parts:
-                    position += len(part) + len(separator)
-                    yield part, position
-            if rest:
-                yield rest, position + len(rest)
-    except OSError as error:  # its own errors do not name the file
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+        return [None if value is None else decode(value) for value in values]
+
+
+# ------------------------------------------------------------------------- read: local files
+
+
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+
+# Suffixes of what is certainly not text. Every other unknown suffix is read as text, because source
+# files have hundreds; what is not UTF-8 is refused after all, by its content.
+NOT_TEXT = re.compile(
+    r"\.(pdf|docx?|odt|rtf|xlsx?|ods|pptx?|epub|mobi|djvu"
+    r"|zip|tar|tgz|tbz|txz|xz|7z|rar|lz4|br|lzma|jar|whl|iso|dmg|deb|rpm"
+    r"|exe|dll|so|dylib|o|a|lib|class|pyc|wasm"
+    r"|png|jpe?g|gif|bmp|tiff?|webp|ico|heic|psd"
+    r"|mp3|mp4|m4a|wav|flac|ogg|avi|mkv|mov|webm|[to]tf|woff2?"
+    r"|bin|np[yz]|ds|pth?|ckpt|pkl|pickle|safetensors|gguf|onnx|h5|hdf5"
+    r"|db|sqlite3?|orc|avro|feather|msgpack)"
+)
+
+# What is read of a folder.
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".parquet")
+
+
+def kind_and_compression(file: str) -> tuple[str, str | None]:
+    """A file's format, as its suffix in lower case, and pyarrow's name of its compression."""
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
+    compression = None
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        compression = COMPRESSIONS[suffixes.pop()]
+    kind = suffixes[-1] if suffixes else ""
+    is_table = kind in (".parquet", ".arrow")
+    if NOT_TEXT.fullmatch(kind) or (is_table and compression):
         raise UserError(
-            f"{file}: {error}",
+            f"{file}: {''.join(suffixes[-1:])} files cannot be read"
+            + (" compressed" if is_table else ""),
+            expected="text, .jsonl, .json, .csv, .tsv, .parquet or .arrow",
+            remedy="convert it to one of these, or leave it out",
+        )
+    return kind, compression
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """The regular files that paths, folders and globs name, in this order, each sorted by name."""
+    files = []
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            found = texts_in(pattern)
+            expected = f"{', '.join(TEXT_SUFFIXES)} files in it"
+        elif os.path.lexists(pattern):
+            found = [pattern] if os.path.isfile(pattern) else []
+            expected = "a regular file"
+        else:
+            found = glob_files(pattern)
+            expected = "a file, a folder, or a glob that matches files"
+        if not found:
+            exists = os.path.lexists(pattern)
+            raise UserError(
+                f"{pattern}: {'nothing to read' if exists else 'no such file'}",
+                expected=expected,
+                remedy="check the path; put a glob in quotes, for example 'folder/**/*.txt'",
+            )
+        files += found
+    return files
+
+
+def texts_in(folder: str) -> list[str]:
+    """The text files in a folder and its subfolders. Links to folders are not followed."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            suffixes = Path(name.lower()).suffixes
+            if suffixes and suffixes[-1] in COMPRESSIONS:
+                suffixes.pop()
+            is_text = bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES
+            if is_text and not name.startswith(".") and os.path.isfile(Path(parent, name)):
+                found.append(os.path.join(parent, name))
+    return sorted(found)
+
+
+def glob_files(pattern: str) -> list[str]:
+    """The regular files that a glob matches. `**` does not follow links, which may form circles.
+
+    As in a shell, wildcards do not match names that begin with a dot.
+    """
+    # A folder whose name has brackets or stars is taken by its name, not as a pattern.
+    parts = list(Path(pattern).parts)
+    base = Path()
+    while parts and (base / parts[0]).is_dir():
+        base /= parts.pop(0)
+    if not parts:
+        return []
+    if parts[-1] == "**":
+        parts.append("*")
+    try:
+        matches = list(base.glob("/".join(parts)))
+    except (
+        ValueError,
+        NotImplementedError,
+        OSError,
+    ):  # not a pattern, for example 'a**b', or too long
+        return []
+    found = set()
+    for match in matches:
+        names = match.relative_to(base).parts
+        is_hidden = any(
+            name.startswith(".") and not part.startswith(".")
+            for name, part in zip(reversed(names), reversed(parts), strict=False)
+        )
+        if not is_hidden and match.is_file():
+            found.add(str(match))
+    return sorted(found)
+
+
+def file_and_place(position: Any) -> tuple[int, int]:
+    """The file, by its number, and the place in it at which to go on."""
+    if position is None:
+        return 0, 0
+    numbers = (position.get("file"), position.get("at"))
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise UserError(
+            f"manifest.partial.json: position {str(position)[:80]}",
+            expected="a file and a place in it",
+            remedy="remove the directory, or choose another --out",
+        )
+    return numbers
+
+
+def file_source(config: PrepareConfig, files: list[str]) -> Source:
+    """The documents of local files, one file after another. Files of several formats may be mixed.
+
+    A position is {"file": index, "at": place in it}. What a place is, each format's reader says.
+    """
+    readers = [file_reader(config, file) for file in files]
+    sizes = [os.path.getsize(file) for file in files]
+    total = max(1, sum(sizes))
+
+    def read(position: Any) -> Iterator[Row]:
+        first, start = file_and_place(position)
+        size_before = sum(sizes[:first])
+        for index in range(first, len(files)):
+            with naming_the_file(files[index]):
+                for row in readers[index](start):
+                    place = {"file": index, "at": row.position}
+                    if row.position is None:
+                        place = {"file": index + 1, "at": 0}
+                    done = size_before + (row.fraction or 0) * sizes[index]
+                    yield Row(row.document, place, done / total)
+            start = 0
+            size_before += sizes[index]
+
+    return read
+
+
+@contextlib.contextmanager
+def naming_the_file(file: str) -> Iterator[None]:
+    """Errors of pyarrow and csv do not name the file they are about."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException, csv.Error) as error:
+        if getattr(error, "filename", None):  # one of the system, which names it
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{file}: {reason}",
             expected="a whole, readable file",
             remedy="mend it or leave it out of --input",
         ) from None
 
 
-def read_parquet(files: list[str], text_column: str, position: dict | None) -> Rows:
-    """Rows of parquet files, local or on the hub, where only the text column is fetched, 32 MB at a time. A position is a file and a row.
+def file_reader(config: PrepareConfig, file: str) -> Callable[[int], Iterator[Row]]:
+    """The function that reads this file from a place on."""
+    kind, compression = kind_and_compression(file)
+    if kind == ".parquet":
+        return functools.partial(read_parquet, functools.partial(open_file, Path(file)), config)
+    if kind == ".arrow":
+        return functools.partial(read_arrow, file, config)
+    if kind in (".csv", ".tsv"):
+        delimiter = "," if kind == ".csv" else "\t"
+        return functools.partial(read_csv, file, compression, delimiter, config)
+    if kind in (".jsonl", ".ndjson"):
+        return functools.partial(read_json_lines, file, compression, config)
+    if kind == ".json":
+        return functools.partial(read_array_or_lines, file, compression, config)
+    return functools.partial(read_text, file, compression, config)
 
-    `datasets` finds the files of a hub dataset, but its streams resume by reading the current file from its start again
-    (2 GB in FineWeb-Edu), or, resharded by row group, fetch the footer anew for each of 10,000 groups. Read directly,
-    the footer tells in which group to go on.
+
+def open_stream(file: str, compression: str | None):
+    import pyarrow
+
+    # Not by its name: pyarrow cannot open a name that is not UTF-8.
+    return pyarrow.input_stream(open_file(Path(file)), compression=compression)
+
+
+def read_text(
+    file: str, compression: str | None, config: PrepareConfig, start: int
+) -> Iterator[Row]:
+    """A text file as one document, or cut at --split-on.
+
+    A place is a byte of the uncompressed content.
+    """
+    separator = unescaped(config.split_on)
+    if not separator:
+        yield Row(decode(read_whole(file, compression, MOST_DOCUMENT_BYTES)), None, 1.0)
+        return
+    # With \n asked for, lines that end in \r\n separate documents as well.
+    if b"\r" not in separator and b"\r\n" in beginning(file, compression):
+        separator = separator.replace(b"\n", b"\r\n")
+    for content, place, fraction in split_file(file, compression, separator, start):
+        yield Row(decode(content), place, fraction)
+
+
+def unescaped(split_on: str) -> bytes:
+    r"""What --split-on stands for: \n, \r and \t, as typed on a command line, are characters."""
+    return split_on.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t").encode()
+
+
+def beginning(file: str, compression: str | None, size: int = 2**20) -> bytes:
+    with open_stream(file, compression) as stream:
+        return stream.read(size)
+
+
+def read_json_lines(
+    file: str, compression: str | None, config: PrepareConfig, start: int
+) -> Iterator[Row]:
+    """A JSON value on each line. A place is a byte of the file's uncompressed content."""
+    for line, place, fraction in split_file(file, compression, b"\n", start):
+        if not line.strip():
+            continue
+        try:
+            document = text_of(json.loads(line), config.text_column)
+        except UnicodeDecodeError:
+            document = ValueError("not UTF-8")
+        except (ValueError, RecursionError):
+            document = ValueError("not a JSON object")
+        yield Row(document, place, fraction)
+
+
+def read_array_or_lines(
+    file: str, compression: str | None, config: PrepareConfig, start: int
+) -> Iterator[Row]:
+    """One JSON array of objects or strings, or JSON lines. A place is an item of it, or a byte."""
+    if not beginning(file, compression).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from read_json_lines(file, compression, config, start)
+        return
+    try:
+        items = json.loads(read_whole(file, compression, MOST_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file}: not JSON ({str(error)[:200]})",
+            expected="an array of objects or strings, or an object on each line",
+            remedy="mend it or leave it out of --input",
+        ) from None
+    for number, item in enumerate(items[start:], start=start + 1):
+        yield Row(text_of(item, config.text_column), number, number / len(items))
+
+
+def read_csv(
+    file: str, compression: str | None, delimiter: str, config: PrepareConfig, start: int
+) -> Iterator[Row]:
+    """A column of a CSV or TSV file, whose first row has the names. A place is a number of rows."""
+    csv.field_size_limit(MOST_JSON_BYTES)
+    size = max(1, os.path.getsize(file))
+    with open_stream(file, compression) as stream:
+        # Bytes that are not UTF-8 come out as lone surrogates, so that only their row is lost.
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(text, delimiter=delimiter)
+        columns = next(rows, [])
+        check_column(config.text_column, columns)
+        column = columns.index(config.text_column)
+        for number, row in enumerate(rows, start=1):
+            if number <= start or not row:
+                continue
+            document = row[column] if column < len(row) else None
+            if document and re.search("[\udc80-\udcff]", document):
+                document = ValueError("not UTF-8")
+            fraction = min(1.0, stream.tell() / size) if stream.seekable() else None
+            yield Row(document, number, fraction)
+
+
+def read_whole(file: str, compression: str | None, most: int) -> bytes:
+    """A file's uncompressed content, of at most so many bytes."""
+    chunks = []
+    size = 0
+    with open_stream(file, compression) as stream:
+        while chunk := stream.read(2**22):
+            chunks.append(chunk)
+            size += len(chunk)
+            check_size(file, 0, size, most)
+    return b"".join(chunks)
+
+
+def check_size(file: str, start: int, size: int, most: int) -> None:
+    if size > most:
+        raise UserError(
+            f"{file}: one document of more than {most:,} bytes, from byte {start:,} on",
+            expected="shorter documents",
+            remedy="give --split-on what separates documents, divide the file, or leave it out",
+        )
+
+
+def split_file(
+    file: str, compression: str | None, separator: bytes, start: int
+) -> Iterator[tuple[bytearray, int, float]]:
+    """The parts of a file between separators, from byte `start` on.
+
+    Each comes with the byte after it and the fraction of the file read until then. Bytes are those
+    of the uncompressed content. The fraction of a compressed file is only an estimate.
+    """
+    size = max(1, os.path.getsize(file))
+    position = start
+    rest = bytearray()
+    with open_stream(file, compression) as stream:
+        skip_bytes(stream, start)
+        while chunk := stream.read(2**22):
+            unsearched = max(0, len(rest) - len(separator))
+            rest += chunk
+            if rest.find(separator, unsearched) >= 0:
+                *parts, rest = rest.split(separator)
+                for part in parts:
+                    position += len(part) + len(separator)
+                    yield part, position, min(1.0, position / size)
+            check_size(file, position, len(rest), MOST_DOCUMENT_BYTES)
+    if rest:
+        yield rest, position + len(rest), 1.0
+
+
+def skip_bytes(stream: Any, count: int) -> None:
+    """Go on after so many bytes. A compressed stream has to be unpacked once more up to there."""
+    if stream.seekable():
+        stream.seek(count)
+        return
+    while count > 0:
+        skipped = len(stream.read(min(count, 2**22)))
+        if skipped == 0:
+            return
+        count -= skipped
+
+
+def read_arrow(file: str, config: PrepareConfig, start: int) -> Iterator[Row]:
+    """An Arrow IPC file or stream, as `datasets` saves them. A place is a number of rows."""
+    import pyarrow
+
+    row = 0
+    with pyarrow.PythonFile(open_file(Path(file))) as source:
+        try:
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            reader = pyarrow.ipc.open_stream(source)
+            batches = iter(reader)
+        check_column(config.text_column, reader.schema.names)
+        for batch in batches:
+            for first in range(0, batch.num_rows, 128):
+                column = batch.column(config.text_column).slice(first, 128)
+                if row + len(column) <= start:
+                    row += len(column)
+                    continue
+                for document in column_values(column):
+                    row += 1
+                    if row > start:
+                        yield Row(document, row, None)
+
+
+def read_parquet(open_parquet: Callable, config: PrepareConfig, start: int) -> Iterator[Row]:
+    """The text column of a parquet file, local or on the hub. A place is a number of rows.
+
+    `datasets` finds the files of a hub dataset, but its streams resume by reading the current file
+    from its start again (2 GB in FineWeb-Edu). Read directly, the footer tells where to go on.
     """
     import pyarrow.parquet
-    from huggingface_hub import HfFileSystem
 
-    first, row = (position["file"], position["row"]) if position else (0, 0)
-    for i in range(first, len(files)):
-        try:
-            with (
-                HfFileSystem().open(files[i][len("hf://") :], block_size=2**25)
-                if files[i].startswith("hf://")
-                else open(files[i], "rb") as f
-            ):
-                file, end = pyarrow.parquet.ParquetFile(f), 0
-                check_column(text_column, file.schema_arrow.names)
-                for group in range(file.num_row_groups):
-                    start, end = end, end + file.metadata.row_group(group).num_rows
-                    if end <= row:
-                        continue
-                    for batch in file.iter_batches(128, row_groups=[group], columns=[text_column]):
-                        for document in batch.column(0).to_pylist()[max(0, row - start) :]:
-                            row += 1
-                            yield (
-                                document,
-                                {"file": i, "row": row},
-                                (i + row / file.metadata.num_rows) / len(files),
-                            )
-                        start += batch.num_rows
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(
-                f"{files[i]}: {error}",
-                expected="a whole parquet file",
-                remedy="fetch it again or leave it out",
-            ) from None
+    with open_parquet() as opened:
+        file = pyarrow.parquet.ParquetFile(opened)
+        check_column(config.text_column, file.schema_arrow.names)
         row = 0
+        for group in range(file.num_row_groups):
+            group_rows = file.metadata.row_group(group).num_rows
+            if row + group_rows <= start:
+                row += group_rows
+                continue
+            for batch in file.iter_batches(
+                rows_at_once(file, group, config.text_column),
+                row_groups=[group],
+                columns=[config.text_column],
+            ):
+                for document in column_values(batch.column(0)):
+                    row += 1
+                    if row > start:
+                        yield Row(document, row, row / file.metadata.num_rows)
 
 
-def read_stream(stream, num_rows: int | None, text_column: str, position: dict | None) -> Rows:
-    """Rows of a `datasets` stream of any other format. A position is the stream's own state, known after every 128 rows."""
-    rows = position["rows"] if position else 0
-    if position:
-        stream.load_state_dict(position["state"])
-    for table in stream.with_format("arrow").iter(128):
-        check_column(text_column, table.column_names)
-        *documents, last = table[text_column].to_pylist()
-        rows += table.num_rows
-        yield from ((document, None, None) for document in documents)
-        yield (
-            last,
-            {"state": stream.state_dict(), "rows": rows},
-            rows / num_rows if num_rows else None,
-        )
+def rows_at_once(file: Any, group: int, text_column: str) -> int:
+    """Rows to decode together: few where they may be long.
 
-
-def check_column(column: str, columns: list[str]) -> None:
-    if column not in columns:
+    A string that is repeated is stored once, so each row may be as long as the whole group.
+    """
+    metadata = file.metadata.row_group(group)
+    size = 1
+    for i in range(metadata.num_columns):
+        column = metadata.column(i)
+        if column.path_in_schema.split(".")[0] == text_column:
+            size += column.total_uncompressed_size
+    if size > MOST_DOCUMENT_BYTES * metadata.num_rows:
         raise UserError(
-            f"--text-column {column}: no such column",
-            expected=f"one of {', '.join(columns)}",
-            remedy="choose the one with the text",
+            f"row group {group}: {size:,} bytes of text in {metadata.num_rows} rows",
+            expected=f"documents of at most {MOST_DOCUMENT_BYTES:,} bytes",
+            remedy="leave the file out",
         )
+    return max(1, min(128, MOST_DOCUMENT_BYTES // size))
 
 
-class Batch(NamedTuple):
-    documents: list[Any]
-    after: dict  # position of the source after them
-    fraction: float | None
+# ------------------------------------------------------------------------- read: the hub
 
 
-def in_batches(rows: Rows) -> Iterator[Batch]:
-    """Documents in tasks of about TASK_BYTES; short ones count as 100 bytes, so that a task never holds too many."""
-    documents, size, after, fraction = [], 0, None, None
-    for document, after, fraction in rows:
-        documents.append(document)
-        size += 100 + (len(document) if isinstance(document, str) else 0)
-        if size >= TASK_BYTES and after:
-            yield Batch(documents, after, fraction)
-            documents, size = [], 0
-    if documents:
-        yield Batch(documents, after, fraction)
-
-
-def expand(patterns: Iterable[str]) -> list[str]:
-    """The files that paths and globs name: in the order given, sorted within a glob."""
-    found = [
-        [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        for pattern in patterns
-    ]
-    for pattern, names in zip(patterns, found):
-        if not any(os.path.isfile(name) for name in names):
-            raise UserError(
-                f"{pattern}: no such file",
-                expected="a file, or a glob that matches files",
-                remedy="check the path; for a folder write 'folder/**/*.txt', in quotes; fineweb.py makes prepared directories",
-            )
-    return [name for names in found for name in names if os.path.isfile(name)]
-
-
-def open_files(config: PrepareConfig, files: list[str]) -> Callable[[dict | None], Rows]:
-    num_parquet = sum(file.endswith(".parquet") for file in files)
-    if num_parquet == 0:
-        return functools.partial(read_text, files, config.text_column, config.split_on)
-    if num_parquet < len(files):
-        raise UserError(
-            f"{config.source}: parquet and other files",
-            expected="one kind",
-            remedy="prepare them separately",
-        )
-    return functools.partial(read_parquet, files, config.text_column)
-
-
-def open_dataset(config: PrepareConfig, revision: str) -> Callable[[dict | None], Rows]:
+def dataset_source(config: PrepareConfig, revision: str) -> Source:
+    """The documents of a dataset on the hub."""
     import datasets
 
     builder = datasets.load_dataset_builder(config.dataset, config.name or None, revision=revision)
@@ -340,20 +665,77 @@ def open_dataset(config: PrepareConfig, revision: str) -> Callable[[dict | None]
             remedy="choose one of them",
         )
     if builder.name == "parquet":
-        return functools.partial(
-            read_parquet, list(builder.config.data_files[config.split]), config.text_column
-        )
+        return hub_parquet_source(config, list(builder.config.data_files[config.split]))
     info = (builder.info.splits or {}).get(config.split)
-    return functools.partial(
-        read_stream,
-        builder.as_streaming_dataset(split=config.split),
-        info and info.num_examples,
-        config.text_column,
-    )
+    num_rows = info.num_examples if info else None
+    stream = builder.as_streaming_dataset(split=config.split)
+    return functools.partial(read_stream, stream, num_rows, config)
+
+
+def hub_parquet_source(config: PrepareConfig, urls: list[str]) -> Source:
+    """The rows of parquet files on the hub. Only the text column is downloaded, 32 MB at a time."""
+    from huggingface_hub import HfFileSystem
+
+    def read(position: Any) -> Iterator[Row]:
+        first, start = file_and_place(position)
+        for index in range(first, len(urls)):
+            path = urls[index].removeprefix("hf://")
+            open_parquet = functools.partial(HfFileSystem().open, path, block_size=2**25)
+            for row in read_parquet(open_parquet, config, start):
+                place = {"file": index, "at": row.position}
+                yield Row(row.document, place, (index + row.fraction) / len(urls))
+            start = 0
+
+    return read
+
+
+def read_stream(
+    stream: Any, num_rows: int | None, config: PrepareConfig, position: Any
+) -> Iterator[Row]:
+    """Rows of a `datasets` stream. Its state is the position, and known after every 128 rows."""
+    rows = 0
+    if position:
+        rows = position["rows"]
+        stream.load_state_dict(position["state"])
+    for table in stream.with_format("arrow").iter(128):
+        check_column(config.text_column, table.column_names)
+        *documents, last = column_values(table[config.text_column])
+        for document in documents:
+            yield Row(document, None, None)
+        rows += table.num_rows
+        fraction = rows / num_rows if num_rows else None
+        yield Row(last, {"state": stream.state_dict(), "rows": rows}, fraction)
 
 
 def on_hub(config: PrepareConfig, say: Callable, action: Callable[[], Any]) -> Any:
-    """`action()`, tried again while the connection fails; the one place where the hub clients' many errors become ours."""
+    """`action()`, tried again while the connection fails.
+
+    This is the one place where the many errors of the hub's clients become ours.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    for attempt in range(RETRIES + 1):
+        try:
+            return action()
+        # A ValueError is an unknown configuration or a malformed name.
+        except (HTTPError, OSError, ValueError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            if attempt == RETRIES or not may_pass(error):
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(
+                    f"{config.source_name} --revision {config.revision}: "
+                    f"{type(error).__name__}: {reason}",
+                    expected="to read it from the hub",
+                    remedy="check the names and the connection, then run the same command again",
+                ) from error
+            say(f"the hub did not answer ({type(error).__name__}), trying again in {2**attempt} s")
+            time.sleep(2**attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HTTPError,
@@ -361,512 +743,760 @@ def on_hub(config: PrepareConfig, say: Callable, action: Callable[[], Any]) -> A
         OfflineModeIsEnabled,
     )
 
-    for attempt in range(RETRIES + 1):
-        try:
-            return action()
-        except (
-            HTTPError,
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: an unknown configuration, a malformed name
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise
-            passing = isinstance(
-                error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
-            )
-            if isinstance(error, HfHubHTTPError):
-                passing = (
-                    error.response.status_code in (408, 429) or error.response.status_code >= 500
-                )
-            if not passing or isinstance(error, OfflineModeIsEnabled) or attempt == RETRIES:
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(
-                    f"{config.source} --revision {config.revision}: {type(error).__name__}: {reason}",
-                    expected="to read it from the hub",
-                    remedy="check the names and the connection, then run the same command again",
-                ) from error
-            say(f"the hub did not answer ({type(error).__name__}), trying again in {2**attempt} s")
-            time.sleep(2**attempt)
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError))
+
+
+def dataset_info(config: PrepareConfig, dataset: str, say: Callable) -> Any:
+    """What the hub says of a dataset: its commit, and its files with their sizes."""
+    from huggingface_hub import HfApi
+
+    ask = functools.partial(
+        HfApi().dataset_info, dataset, revision=config.revision, files_metadata=True
+    )
+    return on_hub(config, say, ask)
+
+
+# ------------------------------------------------------------------------- batch
+
+
+class Batch(NamedTuple):
+    """Documents that are encoded together.
+
+    position: the position of the source after them. fraction: how much of it has been read then.
+    """
+
+    documents: list[Any]
+    position: Any
+    fraction: float | None
+
+    @property
+    def characters(self) -> int:
+        """The length of all texts, and 100 a document, so that empty ones fill a batch too."""
+        return sum(weight(document) for document in self.documents)
+
+
+def weight(document: Any) -> int:
+    if isinstance(document, str):
+        return 100 + len(document)
+    return 100
+
+
+def in_batches(rows: Iterator[Row]) -> Iterator[Batch]:
+    """Rows in batches of about BATCH_CHARACTERS, each of which ends at a known position."""
+    documents = []
+    characters = 0
+    position, fraction = None, None
+    for document, position, fraction in rows:  # noqa: B007  what the last row said is needed below
+        documents.append(document)
+        characters += weight(document)
+        if characters >= BATCH_CHARACTERS and position is not None:
+            yield Batch(documents, position, fraction)
+            documents = []
+            characters = 0
+    if documents:
+        yield Batch(documents, position, fraction)
 
 
 def hub_batches(
-    config: PrepareConfig, revision: str, position: dict | None, say: Callable
+    config: PrepareConfig, revision: str, position: Any, say: Callable
 ) -> Iterator[Batch]:
-    """Batches of a hub dataset; after a failed connection it is opened again where it failed."""
+    """Batches of a dataset on the hub, which is opened again where a connection failed."""
     batches = None
 
-    def pull() -> Batch | None:
+    def next_batch() -> Batch | None:
         nonlocal batches
-        batches, current = None, batches or in_batches(open_dataset(config, revision)(position))
+        if batches is None:
+            batches = in_batches(dataset_source(config, revision)(position))
+        current, batches = batches, None  # a generator that raises has ended and is of no more use
         batch = next(current, None)
-        batches = current  # one that raised has ended and is not kept
+        batches = current
         return batch
 
-    while batch := on_hub(config, say, pull):
-        position = batch.after
+    while batch := on_hub(config, say, next_batch):
+        position = batch.position
         yield batch
 
 
-# ---------------------------------------------------------------------------------------------------- tokenising
+# ------------------------------------------------------------------------- encode
 
 
-def tokenise(documents: list[str], encoding_name: str) -> np.ndarray:
-    """Tokens of the documents, each after <|endoftext|>, uint16."""
-    encoding = tokens.get_encoding(encoding_name)
-    start, parts = np.array([encoding.eot_token], dtype=np.uint16), []
-    for text in documents:
-        try:
-            encoded = encoding.encode_to_numpy(text, disallowed_special=())
-        except (
-            UnicodeEncodeError
-        ):  # a lone surrogate: U+FFFD takes its place, as in tiktoken's other methods
-            encoded = encoding.encode_to_numpy(
-                text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
-                disallowed_special=(),
-            )
-        parts += [start, encoded.astype(np.uint16)]
-    return np.concatenate(parts) if parts else start[:0]
+# What the pattern of the gpt2 encoding means by \s (Python's \s has four characters more).
+WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+LAST_WHITESPACE = re.compile(f"[{WHITESPACE}](?=[^{WHITESPACE}])")
+PART_CHARACTERS = 2**18
 
 
-def start_worker(encoding_name: str) -> None:
-    """First thing in a worker: leave signals to the parent, but end with it, whatever ends it; load the vocabulary."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    tokens.get_encoding(encoding_name)
+def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The tokens of a text of any length, uint32. A literal <|endoftext|> in it is ordinary text.
+
+    tiktoken's pattern matcher overflows its stack at a run of a million spaces, so a long text is
+    encoded in parts. The tokens are those of the whole text, because each cut is where the pattern
+    of the gpt2 encoding cuts anyway: before a whitespace character that is followed by something
+    else. Let w be that character. The pattern never joins w to what stands before it:
+
+    - After a character that is no whitespace: only `\\s+` takes whitespace as any but its first
+      character, so the match before w has ended.
+    - After more whitespace: `\\s+(?!\\S)` takes the run up to w, and leaves w to what follows.
+      At the end of a part, where w is missing, `\\s++$` takes the same run.
+    """
+    if len(text) <= PART_CHARACTERS:
+        return _encode_part(encoding, text)
+    return np.concatenate([_encode_part(encoding, part) for part in _parts(text)])
 
 
-@contextlib.contextmanager
-def worker_pool(workers: int, encoding_name: str) -> Iterator[Executor]:
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(encoding_name,))
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while cut := LAST_WHITESPACE.search(text, start + PART_CHARACTERS):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _encode_part(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     try:
-        pool.submit(
-            tokenise, [], encoding_name
-        ).result()  # where processes are forked, they are so now, before there are threads
-        yield pool
-    except BrokenProcessPool:
-        raise UserError(
-            "a tokenising process was killed",
-            expected=f"{workers} of them to run to the end",
-            remedy="usually memory ran out: run the same command again, perhaps with fewer --workers",
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        # A lone surrogate: U+FFFD takes its place, as in tiktoken's other methods.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return encoding.encode_to_numpy(text, disallowed_special=())
 
 
-def tokenised(
-    pool: Executor, batches: Iterable[Batch], encoding_name: str, ahead: int
+def encode_batch(encoding: tiktoken.Encoding, documents: list[Any]) -> np.ndarray:
+    """The tokens of all usable documents, each after <|endoftext|>, uint16."""
+    end_of_text = np.array([encoding.eot_token], dtype=np.uint32)
+    parts = [end_of_text[:0]]
+    for document in documents:
+        if isinstance(document, str):
+            parts.append(end_of_text)
+            parts.append(encode_document(encoding, document))
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+
+
+def encode_in_order(
+    pool: Executor, encoding: tiktoken.Encoding, batches: Iterable[Batch], most_characters: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Tokens of each batch, in order. At most `ahead` batches are under way, so memory is bounded whatever the corpus."""
+    """The tokens of each batch, in the order of the batches, encoded by the threads of `pool`.
+
+    A batch is read while at most `most_characters` are under way, so memory is bounded whatever the
+    length of the corpus.
+    """
     under_way: deque = deque()
+    characters = 0
     for batch in batches:
-        under_way.append(
-            (
-                pool.submit(
-                    tokenise,
-                    [text for text in batch.documents if isinstance(text, str)],
-                    encoding_name,
-                ),
-                batch,
-            )
-        )
-        if len(under_way) >= ahead:
+        under_way.append((pool.submit(encode_batch, encoding, batch.documents), batch))
+        characters += batch.characters
+        while under_way and characters > most_characters:
             future, first = under_way.popleft()
+            characters -= first.characters
             yield future.result(), first
     for future, batch in under_way:
         yield future.result(), batch
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+def num_cores() -> int:
+    """CPU cores that this process may use: by its affinity mask, its cgroup's quota, and Slurm."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if slurm.isdecimal():
+        cores = min(cores, int(slurm))
+    quota = cgroup_quota()
+    if quota is not None:
+        cores = min(cores, math.ceil(quota))
+    return max(1, cores)
+
+
+def cgroup_quota(root: str = "/") -> float | None:
+    """The CPU cores that the control groups of this process allow in time; None: no limit."""
+    quotas = []
+    mount = Path(root, "sys/fs/cgroup")
+    folders = [mount, mount / "cpu"]
+    with contextlib.suppress(OSError):
+        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2
+                base = mount
+            elif "cpu" in controllers.split(","):  # version 1
+                base = mount / "cpu"
+            else:
+                continue
+            group = base / path.lstrip("/")
+            folders += [group, *group.parents]
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))  # "max" is a ValueError: no limit
+        with contextlib.suppress(OSError, ValueError):
+            quota = int((folder / "cpu.cfs_quota_us").read_text())
+            period = int((folder / "cpu.cfs_period_us").read_text())
+            if quota > 0:  # -1: no limit
+                quotas.append(quota / period)
+    return min(quotas, default=None)
+
+
+# ------------------------------------------------------------------------- write
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the stream of tokens stands, so that a preparation can go on there.
+
+    It is stored in manifest.partial.json with every shard.
+    """
+
+    source: Any = None  # position of the source before the current batch; None: its start
+    batch_tokens: int = 0  # tokens of the current batch that are in committed shards
+    documents: int = 0  # usable documents before the current batch
+    skipped: dict[str, int] = field(default_factory=dict)  # unusable ones, by reason
+    longest: int = 0  # characters of the longest document before the current batch
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
+
+    def after(self, batch: Batch, num_documents: int) -> "Position":
+        """The position after a batch, of which so many documents were used."""
+        skipped = Counter(self.skipped)
+        longest = self.longest
+        for document in batch.documents:
+            reason = reason_to_skip(document)
+            if reason:
+                skipped[reason] += 1
+            else:
+                longest = max(longest, len(document))
+        documents = self.documents + num_documents
+        return Position(batch.position, 0, documents, dict(skipped), longest)
 
 
 class Writer:
-    """Cuts the stream of tokens into shards, and commits each with the position of the source after its last token.
+    """Cuts the stream of tokens into shards, and commits each with the position of its last token.
 
-    While one half of the buffer is on its way to disk, in `background`, the other is filled. The first two shards are
-    committed together: a corpus that ends before them is divided in another way.
+    The first two shards are committed together, because a corpus that ends before them is divided
+    in another way.
     """
 
-    def __init__(
-        self, folder: Path, corpus: str, settings: dict, eot_token: int, background: Executor
-    ):
-        self.folder, self.corpus, self.settings, self.eot_token, self.background = (
-            folder,
-            corpus,
-            settings,
-            eot_token,
-            background,
-        )
-        partial = resume(folder, settings)
-        self.shards, self.position = partial["shards"], partial["position"]
-        self.num_tokens = sum(shard["tokens"] for shard in self.shards)
-        self.buffer = np.empty((2, settings["shard_tokens"]), dtype=np.uint16)
-        self.half, self.fill = 0, 0
-        self.filling = self.buffer[:1] if self.shards else self.buffer
-        self.commit = background.submit(int)  # the one under way; at first none
+    def __init__(self, folder: Path, corpus: str, settings: dict):
+        self.folder = folder
+        self.corpus = corpus
+        self.settings = settings
+        partial = begin_or_resume(folder, settings)
+        self.shards = partial["shards"]
+        self.position = Position(**partial["position"])
+        self.num_tokens = sum(
+            shard["tokens"] for shard in self.shards
+        )  # those in `filled` included
+        self.buffer = np.empty(2 * settings["shard_tokens"], dtype=np.uint16)
+        self.filled = 0
 
-    def add(self, new: np.ndarray, before: dict, skip: int) -> None:
-        """Append new[skip:], where `before` is the position at the start of `new`."""
-        while skip < len(new):
-            room = self.filling.reshape(-1)[self.fill :]
-            n = min(len(new) - skip, len(room))
-            room[:n] = new[skip : skip + n]
-            self.fill, skip, self.num_tokens = self.fill + n, skip + n, self.num_tokens + n
-            if n == len(room):
-                self.commit.result()
-                self.commit = self.background.submit(
-                    self.write, self.filling, before | {"skip": skip}
-                )
-                if len(self.filling) == 2:
-                    self.commit.result()
-                self.half, self.fill = 1 - self.half, 0
-                self.filling = self.buffer[self.half : self.half + 1]
+    def add(self, batch_tokens: np.ndarray, position: Position) -> None:
+        """Append a batch's tokens, from position.batch_tokens on. `position` is where it began."""
+        done = position.batch_tokens
+        while done < len(batch_tokens):
+            size = self.settings["shard_tokens"]
+            if not self.shards:
+                size = 2 * size
+            part = batch_tokens[done : done + size - self.filled]
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            self.num_tokens += len(part)
+            done += len(part)
+            if self.filled == size:
+                for shard in self.buffer[:size].reshape(-1, self.settings["shard_tokens"]):
+                    self.write_shard(shard)
+                self.commit(dataclasses.replace(position, batch_tokens=done))
+                self.filled = 0
 
-    def write(self, parts: Iterable[np.ndarray], position: dict | None = None) -> None:
-        """Write these shards; with their position they are committed, the last ones of a corpus are by its manifest."""
-        for part in parts:
-            split = "train" if self.shards else "val"
-            self.shards.append(
-                tokens.write_shard(
-                    self.folder / f"{self.corpus}_{split}_{len(self.shards):06d}.bin", part
-                )
-            )
-        if position:
-            tokens.write_manifest(
-                self.folder,
-                self.settings | {"shards": self.shards, "position": position},
-                partial=True,
-            )
+    def write_shard(self, shard: np.ndarray) -> None:
+        number = len(self.shards)
+        split = "train" if number else "val"
+        file = self.folder / f"{self.corpus}_{split}_{number:06d}.bin"
+        self.shards.append(tokens.write_shard(file, shard))
 
-    def finish(self, summary: dict) -> None:
+    def commit(self, position: Position) -> None:
+        """Record the shards so far, and where to go on after them."""
+        progress = {"shards": self.shards, "position": dataclasses.asdict(position)}
+        tokens.write_manifest(self.folder, self.settings | progress, partial=True)
+
+    def finish(self, summary: dict, eot_token: int) -> None:
         """Write what is left, and the manifest."""
-        self.commit.result()
-        rest = self.filling.reshape(-1)[: self.fill]
-        cut = len(rest) if self.shards else validation_cut(rest, self.eot_token)
-        self.write(part for part in (rest[cut:], rest[:cut]) if len(part))
+        rest = self.buffer[: self.filled]
+        if not self.shards:
+            cut = validation_cut(rest, eot_token)
+            self.write_shard(rest[cut:])
+            rest = rest[:cut]
+        if len(rest):
+            self.write_shard(rest)
         tokens.write_manifest(self.folder, self.settings | summary | {"shards": self.shards})
 
 
 def validation_cut(stream: np.ndarray, eot_token: int) -> int:
-    """Where the validating last tenth of a small corpus begins: at the nearest document if there are ten or more."""
+    """Where the last tenth of a small corpus begins, which validates.
+
+    It begins at a document if there are ten or more of them. Text never has the token eot_token.
+    """
     cut = len(stream) - max(1, len(stream) // 10)
-    starts = np.flatnonzero(
-        stream == eot_token
-    )  # text never has this token: a literal <|endoftext|> is ordinary text
-    return int(starts[1 + np.abs(starts[1:] - cut).argmin()]) if len(starts) >= 10 else cut
+    starts = np.flatnonzero(stream == eot_token)
+    if len(starts) < 10:
+        return cut
+    nearest = np.abs(starts[1:] - cut).argmin()
+    return int(starts[1 + nearest])
 
 
-def resume(folder: Path, settings: dict) -> dict:
-    """The partial manifest of an interrupted preparation with the same settings, its shards checked; or a fresh one."""
+PARTIAL_SHAPE = {
+    "source": dict,
+    "position": {
+        "source": (dict, type(None)),
+        "batch_tokens": int,
+        "documents": int,
+        "skipped": {str: int},
+        "longest": int,
+    },
+}
+SHARD_NAME = re.compile(r"[\w.-]+_(val|train)_\d+\.bin")
+
+
+def begin_or_resume(folder: Path, settings: dict) -> dict:
+    """The partial manifest of an interrupted preparation, its shards checked; or a new one."""
     if (folder / "manifest.partial.json").exists():
-        partial = tokens.read_manifest(folder, partial=True)
-        for file in folder.iterdir():  # what a kill left unfinished or not yet in the manifest
-            if file.suffix in (".tmp", ".bin") and file.name not in {
-                shard["name"] for shard in partial["shards"]
-            }:
-                file.unlink()
+        partial = read_partial_manifest(folder)
+        remove_uncommitted(folder, {shard["name"] for shard in partial["shards"]})
         if partial["shards"]:  # else nothing is lost by beginning anew
             check_settings(folder, partial, settings)
             tokens.verify_shards(folder, partial)
             return partial
-    elif foreign := [file.name for file in folder.iterdir() if file.suffix in tokens.SUFFIXES]:
-        raise UserError(
-            f"{folder}: holds {foreign[0]} and no manifest",
-            expected="an empty directory",
-            remedy="choose another --out",
-        )
-    partial = settings | {"shards": [], "position": None}
+    else:
+        for file in folder.iterdir():
+            if file.suffix in tokens.SUFFIXES:
+                raise UserError(
+                    f"{folder}: holds {file.name} and no manifest",
+                    expected="an empty directory",
+                    remedy="choose another --out",
+                )
+    partial = settings | {"shards": [], "position": dataclasses.asdict(Position())}
     tokens.write_manifest(folder, partial, partial=True)
     return partial
 
 
+def read_partial_manifest(folder: Path) -> dict:
+    """The partial manifest, which may come from somebody else. Its names stay in the folder."""
+    read_json(folder / "manifest.partial.json", PARTIAL_SHAPE, tokens.MANIFEST_BYTES)
+    return tokens.read_manifest(folder, partial=True)
+
+
+def remove_uncommitted(folder: Path, committed: set[str]) -> None:
+    """Remove what a kill left: unfinished files, and shards that are not yet in the manifest."""
+    remove_leftovers(folder)
+    for file in folder.iterdir():
+        if SHARD_NAME.fullmatch(file.name) and file.name not in committed:
+            file.unlink()
+
+
 def check_settings(folder: Path, manifest: dict, settings: dict) -> None:
     """Refuse to go on with another source or another cut than the folder was begun with."""
-    old, new = (
-        m["source"]
-        | {key: m[key] for key in ("encoding", "revision", "shard_tokens", "max_tokens")}
-        for m in (manifest, settings)
+    old = comparable_settings(manifest)
+    new = comparable_settings(settings)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if not differing:
+        return
+    changes = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in differing]
+    remedy = "repeat them"
+    if "revision" in differing:
+        remedy = f"repeat them (--revision {old['revision']})"
+    raise UserError(
+        f"{folder}: {', '.join(changes)}",
+        expected="the settings and source it was begun with",
+        remedy=f"{remedy}, or choose another --out",
     )
-    if differing := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-        raise UserError(
-            f"{folder}: {', '.join(f'{key} was {old.get(key)!r}, now {new.get(key)!r}' for key in differing)}",
-            expected="the settings and source it was begun with",
-            remedy=f"repeat them{' (--revision ' + old['revision'] + ')' if 'revision' in differing else ''}, or choose another --out",
-        )
+
+
+def comparable_settings(manifest: dict) -> dict:
+    keys = ("encoding", "revision", "shard_tokens", "max_tokens")
+    source = manifest.get("source")
+    if not isinstance(source, dict):
+        source = {}
+    return source | {key: manifest.get(key) for key in keys}
 
 
 class Progress:
-    """Tokens done of the total as far as it is known, tokens/s, time left, shard: a bar on a terminal, else lines."""
+    """Shows tokens done, speed and time left: as a bar on a terminal, elsewhere as lines."""
 
-    def __init__(self, say: Callable, done: int):
+    def __init__(self, say: Callable, num_tokens: int):
         from tqdm import tqdm
 
-        self.say, self.first, self.start = say, done, time.monotonic()
+        self.say = say
+        self.first = num_tokens
+        self.start = time.monotonic()
         self.next_line = self.start + 10
-        self.bar = tqdm(
-            initial=done, unit=" tokens", unit_scale=True, disable=None
-        )  # None: disabled unless on a terminal
+        # disable=None: no bar unless on a terminal.
+        self.bar = tqdm(initial=num_tokens, unit=" tokens", unit_scale=True, disable=None)
 
-    def show(self, done: int, fraction: float | None, shard: int) -> None:
-        now, total = time.monotonic(), done / fraction if fraction else None
+    def show(self, num_tokens: int, fraction: float | None, shard: int) -> None:
+        """Show that so many tokens, about this fraction of all, are done."""
+        total = num_tokens / fraction if fraction else None
         if not self.bar.disable:
             self.bar.total = total
             self.bar.set_postfix_str(f"shard {shard}", refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif now > self.next_line:
-            self.next_line = now + 30
-            rate = (done - self.first) / (now - self.start)
-            left = (
-                f"of about {total:,.0f} ({fraction:.1%}), {datetime.timedelta(seconds=round((total - done) / rate))} left"
-                if total and rate
-                else "of an unknown total"
-            )
-            self.say(f"shard {shard}: {done:,} tokens {left}, {rate:,.0f} tokens/s")
+            self.bar.update(num_tokens - self.bar.n)
+            return
+        now = time.monotonic()
+        if now < self.next_line:
+            return
+        self.next_line = now + 30
+        rate = (num_tokens - self.first) / (now - self.start)
+        left = "of an unknown total"
+        if total and rate:
+            seconds = datetime.timedelta(seconds=round((total - num_tokens) / rate))
+            left = f"of about {total:,.0f} ({fraction:.1%}), {seconds} left"
+        self.say(f"shard {shard}: {num_tokens:,} tokens {left}, {rate:,.0f} tokens/s")
 
-    def close(self, done: int) -> str:
+    def close(self, num_tokens: int) -> str:
+        """End the bar; returns time and speed in words."""
         self.bar.close()
         seconds = time.monotonic() - self.start
-        return f"{seconds:.1f} s, {(done - self.first) / seconds:,.0f} tokens/s"
+        return f"{seconds:.1f} s, {(num_tokens - self.first) / seconds:,.0f} tokens/s"
 
 
-# ---------------------------------------------------------------------------------------------------- preparing
+# ------------------------------------------------------------------------- the whole way
 
 
 def prepare(config: PrepareConfig, say: Callable = print) -> Path:
-    """Make the data directory that the flags describe, or go on where an earlier call was interrupted; returns it."""
+    """Make the data directory that the flags describe; returns it.
+
+    A finished one is accepted as it is, without writing. An interrupted one is gone on with.
+    Raises UserError where the source cannot be used or the directory was begun in another way.
+    """
     files = expand(config.input)
     folder = config.folder
+    encoding = tokens.get_encoding(config.tokenizer)
+    settings = {
+        "encoding": encoding.name,
+        "vocab_size": encoding.n_vocab,
+        "source": describe_source(config, files),
+        "revision": None,
+        "shard_tokens": config.shard_tokens,
+        "max_tokens": config.max_tokens,
+    }
+    if is_prepared(config, settings, say):
+        return folder
+    with locked(folder):
+        # Another process may have finished it before the lock was ours.
+        if is_prepared(config, settings, say):
+            return folder
+        if config.pretokenized:
+            download_shards(config, settings, say)
+        else:
+            write_corpus(config, settings, encoding, files, say)
+    return folder
+
+
+def describe_source(config: PrepareConfig, files: list[str]) -> dict:
+    """What the manifest says of the source. A directory is only gone on with for the same one."""
     if files:
         sizes = [[os.path.basename(file), os.path.getsize(file)] for file in files]
-        source = {
+        return {
             "files": len(files),
             "bytes": sum(size for _, size in sizes),
             "names_and_sizes": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
             "text_column": config.text_column,
             "split_on": config.split_on,
         }
-    elif config.pretokenized:
-        source = {"dataset": PRETOKENIZED if config.dataset == FINEWEB_EDU else config.dataset}
-    else:
-        source = {
-            "dataset": config.dataset,
-            "name": config.name,
-            "split": config.split,
-            "text_column": config.text_column,
-        }
-    encoding = tokens.get_encoding(config.tokenizer)
-    settings = {
-        "encoding": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "source": source,
-        "revision": None,
-        "shard_tokens": config.shard_tokens,
-        "max_tokens": config.max_tokens,
+    if config.pretokenized:
+        is_default = config.dataset == FINEWEB_EDU
+        return {"dataset": PRETOKENIZED if is_default else config.dataset}
+    return {
+        "dataset": config.dataset,
+        "name": config.name,
+        "split": config.split,
+        "text_column": config.text_column,
     }
-    with locked(folder):
-        if (folder / "manifest.json").exists():
-            manifest = tokens.read_manifest(folder)
-            pinned = manifest["revision"] if config.revision == "main" or files else config.revision
-            check_settings(folder, manifest, settings | {"revision": pinned})
-            (folder / "manifest.partial.json").unlink(
-                missing_ok=True
-            )  # the last thing a kill can leave
-            say(f"{folder} is already prepared")
-        elif config.pretokenized:
-            fetch(config, settings, say)
-        else:
-            write(config, settings, files, say)
-    return folder
 
 
-def write(config: PrepareConfig, settings: dict, files: list[str], say: Callable) -> None:
-    """Read, tokenise and write; the one path that every corpus takes."""
-    allowed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )  # Slurm gives a job some of the cores
-    workers = config.workers or allowed
-    with worker_pool(workers, config.tokenizer) as pool, ThreadPoolExecutor(1) as background:
-        if not files:
-            settings["revision"] = hub_info(config, config.dataset, say).sha
-        writer = Writer(
-            config.folder,
-            config.corpus,
-            settings,
-            tokens.get_encoding(config.tokenizer).eot_token,
-            background,
-        )
-        before = writer.position or {"source": None, "documents": 0, "skipped": {}, "skip": 0}
-        skip, documents, skipped = before["skip"], before["documents"], Counter(before["skipped"])
-        if writer.shards:
-            say(f"going on after shard {len(writer.shards) - 1} and {documents:,} documents")
-        if files:
-            batches = in_batches(open_files(config, files)(before["source"]))
-        else:
-            batches = hub_batches(config, settings["revision"], before["source"], say)
-        progress = Progress(say, writer.num_tokens)
-        limit = config.max_tokens or 2**63
-        for new, batch in tokenised(pool, batches, config.tokenizer, 3 * workers):
-            new = new[: skip + limit - writer.num_tokens]
-            writer.add(new, before, skip)
-            documents, skip = (
-                documents + int(np.count_nonzero(new == writer.eot_token)),
-                0,
-            )  # text never has this token
-            skipped.update(filter(None, map(reason_to_skip, batch.documents)))
-            before = {"source": batch.after, "documents": documents, "skipped": dict(skipped)}
-            progress.show(
-                writer.num_tokens,
-                max(batch.fraction or 0, writer.num_tokens / limit),
-                len(writer.shards),
-            )
-            if documents + skipped.total() > 1000:
-                check_skipped(config, documents, skipped)
+def is_prepared(config: PrepareConfig, settings: dict, say: Callable) -> bool:
+    """Whether the directory is finished; raises UserError if it is with other settings.
+
+    Nothing is written or locked, so prepared data may lie where this user cannot write.
+    """
+    folder = config.folder
+    if not (folder / "manifest.json").exists():
+        return False
+    manifest = tokens.read_manifest(folder)
+    if config.input or config.revision == "main":
+        settings = settings | {"revision": manifest.get("revision")}
+    else:
+        settings = settings | {"revision": config.revision}
+    check_settings(folder, manifest, settings)
+    with contextlib.suppress(OSError):  # a kill between the two last writes leaves it
+        (folder / "manifest.partial.json").unlink()
+    say(f"{folder} is already prepared")
+    return True
+
+
+def write_corpus(
+    config: PrepareConfig,
+    settings: dict,
+    encoding: tiktoken.Encoding,
+    files: list[str],
+    say: Callable,
+) -> None:
+    """Read, batch, encode and write: the way that every corpus takes."""
+    if not files:
+        settings["revision"] = dataset_info(config, config.dataset, say).sha
+    writer = Writer(config.folder, config.corpus, settings)
+    position = writer.position
+    if writer.shards:
+        say(f"going on after shard {len(writer.shards) - 1} and {position.documents:,} documents")
+    else:
+        point_out_separators(config, files, say)
+    if files:
+        batches = in_batches(file_source(config, files)(position.source))
+    else:
+        batches = hub_batches(config, settings["revision"], position.source, say)
+
+    workers = config.workers or num_cores()
+    limit = config.max_tokens or 2**63
+    progress = Progress(say, writer.num_tokens)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        most_characters = 3 * workers * BATCH_CHARACTERS
+        for batch_tokens, batch in encode_in_order(pool, encoding, batches, most_characters):
+            room = limit - writer.num_tokens
+            batch_tokens = batch_tokens[: position.batch_tokens + room]
+            writer.add(batch_tokens, position)
+            # Text never has this token, so it counts the documents.
+            num_documents = int(np.count_nonzero(batch_tokens == encoding.eot_token))
+            position = position.after(batch, num_documents)
+            fraction = max(batch.fraction or 0, writer.num_tokens / limit)
+            progress.show(writer.num_tokens, fraction, len(writer.shards))
+            if position.documents + position.num_skipped > 1000:
+                check_skipped(config, position)
             if writer.num_tokens >= limit:
                 break
-        check_skipped(config, documents, skipped)
-        num_tokens, speed = writer.num_tokens, progress.close(writer.num_tokens)
-        if num_tokens <= documents:
-            raise UserError(
-                f"{config.source}: {documents:,} documents without any text",
-                expected="some text",
-                remedy="check the source",
-            )
-        writer.finish({"documents": documents, "skipped": dict(skipped)})
+    finally:
+        pool.shutdown(cancel_futures=True)  # a stop waits for the batches begun, not for all
+    speed = progress.close(writer.num_tokens)
+    check_skipped(config, position)
+    if writer.num_tokens <= position.documents:
+        raise UserError(
+            f"{config.source_name}: {position.documents:,} documents without any text",
+            expected="some text",
+            remedy="check the source",
+        )
+    summary = {"documents": position.documents, "skipped": position.skipped}
+    writer.finish(summary, encoding.eot_token)
     say(
-        f"{config.folder}: {documents:,} documents, {num_tokens:,} tokens in {len(writer.shards)} shards, {speed}; skipped documents: {listed(skipped)}"
+        f"{config.folder}: {position.documents:,} documents, {writer.num_tokens:,} tokens in "
+        f"{len(writer.shards)} shards, {speed}; skipped documents: {listed(position.skipped)}"
     )
+    point_out_long_documents(position, say)
 
 
-def listed(skipped: Counter) -> str:
+def listed(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "none"
 
 
-def check_skipped(config: PrepareConfig, documents: int, skipped: Counter) -> None:
-    found = documents + skipped.total()
-    if skipped.total() > MOST_SKIPPED * found:
+def check_skipped(config: PrepareConfig, position: Position) -> None:
+    """Raise UserError if too many documents were unusable."""
+    found = position.documents + position.num_skipped
+    if position.num_skipped > MOST_SKIPPED * found:
         raise UserError(
-            f"{config.source}: {skipped.total():,} of {found:,} documents cannot be used: {listed(skipped)}",
+            f"{config.source_name}: {position.num_skipped:,} of {found:,} documents "
+            f"cannot be used: {listed(position.skipped)}",
             expected=f"at most {MOST_SKIPPED:.0%}",
-            remedy=f"check the source; fineweb.py --text-column takes its text from another place than {config.text_column!r}",
+            remedy="check the source; fineweb.py --text-column takes its text from another place "
+            f"than {config.text_column!r}",
         )
 
 
-def hub_info(config: PrepareConfig, dataset: str, say: Callable):
-    from huggingface_hub import HfApi
+def point_out_separators(config: PrepareConfig, files: list[str], say: Callable) -> None:
+    """Say so if lines of <|endoftext|> stand between documents and are not split on."""
+    if tokens.END_OF_TEXT in config.split_on:
+        return
+    line = re.compile(rb"^<\|endoftext\|>\r?$", re.MULTILINE)
+    for file in files[:10]:
+        kind, compression = kind_and_compression(file)
+        if kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"):
+            continue
+        with naming_the_file(file):
+            found = line.search(beginning(file, compression))
+        if found:
+            say(
+                f"{file}: lines of <|endoftext|> are read as ordinary text; "
+                "fineweb.py --split-on '<|endoftext|>' separates documents there"
+            )
+            return
 
-    return on_hub(
-        config,
-        say,
-        lambda: HfApi().dataset_info(dataset, revision=config.revision, files_metadata=True),
-    )
+
+def point_out_long_documents(position: Position, say: Callable) -> None:
+    """Say so if the corpus is one document, or has a very long one."""
+    if position.documents == 1:
+        say("the whole corpus is one document; fineweb.py --split-on separates a file into several")
+    elif position.longest > LONG_DOCUMENT:
+        say(
+            f"the longest document has {position.longest:,} characters; fineweb.py --split-on "
+            "separates a file into several"
+        )
 
 
-def fetch(config: PrepareConfig, settings: dict, say: Callable) -> None:
-    """Download llm.c shards from the hub, the validation shard first, whole ones until --max-tokens are there."""
+# ------------------------------------------------------------------------- ready-made shards
+
+
+def download_shards(config: PrepareConfig, settings: dict, say: Callable) -> None:
+    """Download llm.c shards: the validation shard first, then whole ones up to --max-tokens."""
     from huggingface_hub import hf_hub_download
 
-    dataset, folder = settings["source"]["dataset"], config.folder
-    info = hub_info(config, dataset, say)
-    shards = sorted(
-        (file for file in info.siblings if re.search(r"_(val|train)_\d+\.bin$", file.rfilename)),
-        key=lambda file: ("_val_" not in file.rfilename, file.rfilename),
-    )
+    dataset = settings["source"]["dataset"]
+    folder = config.folder
+    info = dataset_info(config, dataset, say)
+    wanted = wanted_shards(config, dataset, info)
+    settings["revision"] = info.sha
+    shards = begin_or_resume(folder, settings)["shards"]
+    for number, file in enumerate(wanted[len(shards) :], start=len(shards)):
+        say(f"shard {number} of {len(wanted)}: {file.rfilename}, {file.size / 1e6:,.0f} MB")
+        download = functools.partial(
+            hf_hub_download,
+            dataset,
+            file.rfilename,
+            repo_type="dataset",
+            revision=info.sha,
+            local_dir=folder / ".download",
+            tqdm_class=bar_that_stops(file.size, file.rfilename),
+        )
+        try:
+            path = Path(on_hub(config, say, download))
+        except EndlessDownload:
+            shutil.rmtree(folder / ".download")  # the next call would go on behind its end
+            raise
+        try:
+            sha256 = file.lfs.sha256 if file.lfs else None
+            shards.append(tokens.add_downloaded_shard(path, folder / path.name, sha256))
+        except UserError:
+            path.unlink()  # the next call would take it without a download
+            raise
+        progress = {"shards": shards, "position": dataclasses.asdict(Position())}
+        tokens.write_manifest(folder, settings | progress, partial=True)
+    shutil.rmtree(folder / ".download", ignore_errors=True)
+    tokens.write_manifest(folder, settings | {"shards": shards})
+    num_tokens = sum(shard["tokens"] for shard in shards)
+    say(f"{folder}: {num_tokens:,} tokens in {len(shards)} shards")
+
+
+def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
+    """The hub's shard files to download: validation first, then as many as --max-tokens needs."""
+    shards = []
+    for file in info.siblings:
+        if SHARD_NAME.fullmatch(file.rfilename.rsplit("/", 1)[-1]):
+            shards.append(file)
+    shards.sort(key=lambda file: ("_val_" not in file.rfilename, file.rfilename))
     if len(shards) < 2:
         raise UserError(
             f"--dataset {dataset}: no *_val_*.bin and *_train_*.bin",
             expected="token shards in llm.c's format",
             remedy="leave out --pretokenized to tokenise its text",
         )
+    if not config.max_tokens:
+        return shards
     ends = np.cumsum([(file.size - tokens.HEADER_BYTES) // 2 for file in shards])
-    wanted = (
-        shards[: max(2, int(np.searchsorted(ends, config.max_tokens)) + 1)]
-        if config.max_tokens
-        else shards
-    )
-    settings["revision"] = info.sha
-    done = resume(folder, settings)["shards"]
-    for i, file in enumerate(wanted[len(done) :], start=len(done)):
-        say(f"shard {i} of {len(wanted)}: {file.rfilename}, {file.size / 1e6:,.0f} MB")
-        path = Path(
-            on_hub(
-                config,
-                say,
-                functools.partial(
-                    hf_hub_download,
-                    dataset,
-                    file.rfilename,
-                    repo_type="dataset",
-                    revision=info.sha,
-                    local_dir=folder / ".download",
-                ),
-            )
-        )
-        try:
-            done.append(
-                tokens.adopt_shard(path, folder / path.name, file.lfs.sha256 if file.lfs else None)
-            )
-        except UserError:
-            path.unlink()  # or it would be taken for good the next time
-            raise
-        tokens.write_manifest(folder, settings | {"shards": done, "position": None}, partial=True)
-    shutil.rmtree(folder / ".download", ignore_errors=True)
-    tokens.write_manifest(folder, settings | {"shards": done})
-    say(f"{folder}: {sum(shard['tokens'] for shard in done):,} tokens in {len(done)} shards")
+    needed = int(np.searchsorted(ends, config.max_tokens)) + 1
+    return shards[: max(2, needed)]
 
 
-# ---------------------------------------------------------------------------------------------------- for train_gpt2.py
+class EndlessDownload(UserError):
+    """A download went on beyond the size of the file."""
+
+
+def bar_that_stops(size: int, name: str) -> type:
+    """A progress bar for the hub's client that ends a download which does not end by itself.
+
+    The limit is twice the size, because the client also counts what it receives a second time.
+    """
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        received = 0
+
+        def __init__(self, *args, name=None, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": None})  # no bar unless on a terminal
+
+        def update(self, n=1):
+            self.received += n
+            if self.received > 2 * size:
+                raise EndlessDownload(
+                    f"{name}: more than {2 * size:,} bytes came",
+                    expected=f"the {size:,} bytes that the hub lists",
+                    remedy="check the connection, then run the same command again",
+                )
+            return super().update(n)
+
+    return Bar
+
+
+# ------------------------------------------------------------------------- for train_gpt2.py
 
 
 def prepare_path(path: str, tokenizer: str, say: Callable = print) -> Path:
-    """`--data PATH`: a directory as it is; text, .jsonl and .parquet files or globs, once, into data/<corpus>-<content key>."""
-    if os.path.isdir(path):
+    """The prepared directory for a path: itself if it holds tokens, else the text that it names.
+
+    Text is prepared once, into data/<corpus>-<key>. The key follows from the names and contents of
+    the files, so a changed file is prepared anew.
+    """
+    if os.path.isdir(path) and (holds_tokens(path) or not texts_in(path)):
         return Path(path)
     key = hashlib.sha256(tokenizer.encode())
     for file in expand([path]):
-        with open(file, "rb") as f:
-            key.update(
-                os.path.basename(file).encode() + b"\0" + hashlib.file_digest(f, "sha256").digest()
-            )
+        with open(file, "rb") as opened:
+            content = hashlib.file_digest(opened, "sha256").digest()
+        key.update(os.fsencode(os.path.basename(file)) + b"\0" + content)
     config = PrepareConfig(input=(path,), tokenizer=tokenizer)
-    return prepare(
-        dataclasses.replace(config, out=f"data/{config.corpus}-{key.hexdigest()[:12]}"), say
-    )
+    out = f"data/{config.corpus}-{key.hexdigest()[:12]}"
+    return prepare(dataclasses.replace(config, out=out), say)
+
+
+def holds_tokens(folder: str) -> bool:
+    """Whether a directory holds token files or a manifest, finished or not."""
+    for file in Path(folder).iterdir():
+        if file.suffix in tokens.SUFFIXES or file.name in (
+            "manifest.json",
+            "manifest.partial.json",
+        ):
+            return True
+    return False
 
 
 def prepare_first_run(say: Callable = print) -> Path:
-    """The first run's corpus, without a download: the standard library of the running Python as bytes, in data/first-run."""
-    folder = Path("data/first-run")
+    """The first run's corpus: the standard library of the running Python, as bytes. No download."""
+    folder = Path(FIRST_RUN_FOLDER)
     if (folder / "manifest.json").exists():
         return folder
     library = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-    files = [
-        file
-        for file in library.rglob("*.py")
-        if not left_out.intersection(file.relative_to(library).parts)
-    ]
-    # Ordered by a hash, so that the last tenth, which validates, is like the rest.
-    files.sort(
-        key=lambda file: hashlib.sha256(file.relative_to(library).as_posix().encode()).digest()
-    )
-    return prepare(
-        PrepareConfig(input=tuple(map(str, files)), tokenizer="bytes", out=str(folder)), say
-    )
+    files = []
+    for file in library.rglob("*.py"):
+        if not left_out.intersection(file.relative_to(library).parts):
+            files.append(file)
+
+    # In the order of a hash, so that the last tenth, which validates, is like the rest.
+    def name_hash(file: Path) -> bytes:
+        return hashlib.sha256(file.relative_to(library).as_posix().encode()).digest()
+
+    files.sort(key=name_hash)
+    inputs = tuple(str(file) for file in files)
+    return prepare(PrepareConfig(input=inputs, tokenizer="bytes", out=str(folder)), say)
 
 
 def main() -> None:
-    config = parse_flags(
-        PrepareConfig,
-        PrepareConfig(),
-        "Prepare token shards from a hub dataset, local files or ready-made shards.",
-    )
-    say = functools.partial(print, flush=True)
+    description = "Prepare token shards from a hub dataset, local files or ready-made shards."
+    config = parse_flags(PrepareConfig, PrepareConfig(), description)
     if config.verify:
         num_tokens = tokens.verify(Path(config.verify))
-        say(f"{config.verify}: {num_tokens:,} tokens, all sizes, hashes and tokens are right")
-    else:
-        say(f"train on it: python train_gpt2.py --data {prepare(config, say)}")
+        cli.say(f"{config.verify}: {num_tokens:,} tokens, all sizes, hashes and tokens are right")
+        return
+    folder = prepare(config, cli.say)
+    cli.say(f"train on it: python train_gpt2.py --data {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":
