@@ -11,12 +11,16 @@ is the one place that turns an error or a signal into an exit code:
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
 import sys
+import time
 import traceback
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO, TypeVar
 
 Config = TypeVar("Config")
@@ -31,6 +35,10 @@ class UserError(Exception):
 
     def __init__(self, found: str, *, expected: str, remedy: str):
         super().__init__(f"{found}; expected {expected}; {remedy}")
+
+
+class LostContact(UserError):
+    """Other processes of this run cannot be reached. Unlike bad input, a restart may mend it."""
 
 
 class Stopped(BaseException):
@@ -59,11 +67,18 @@ def parse_flags(
 ) -> Config:
     """The command line as an instance of a dataclass: a flag for each field, its comment as help.
 
-    Flags override the values of `default`. An unknown or malformed flag exits with code 2.
+    Flags override the values of `default`. An unknown or malformed flag exits with code 2. Of
+    several ranks, which all read the same command line, only rank 0 prints help or errors.
     """
     import tyro  # slow to import, and a notebook does without
 
-    return tyro.cli(config_class, default=default, description=description, args=args)
+    return tyro.cli(
+        config_class,
+        default=default,
+        description=description,
+        args=args,
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
 
 
 # ---------------------------------------------------------------------------------------- output
@@ -151,7 +166,7 @@ def _close_output() -> None:
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
-def _handle_stop_signals(handler: Callable) -> dict:
+def handle_stop_signals(handler: Callable) -> dict:
     """Install the handler for the stop signals that this platform has; returns what it replaces."""
     replaced = {}
     for name in STOP_SIGNALS:
@@ -175,7 +190,7 @@ def exit_on_signals() -> None:
 
             cli.exit_on_signals()
     """
-    _handle_stop_signals(lambda signum, frame: os._exit(128 + signum))
+    handle_stop_signals(lambda signum, frame: os._exit(128 + signum))
 
 
 class StopRequest:
@@ -196,12 +211,65 @@ class StopRequest:
             raise Stopped(signum)
 
     def __enter__(self) -> "StopRequest":
-        self._previous = _handle_stop_signals(self._handle)
+        self._previous = handle_stop_signals(self._handle)
         return self
 
     def __exit__(self, *exc_info) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+
+# -------------------------------------------------------------------------------------- torchrun
+
+# torchrun restarts its workers (--max-restarts) whatever they have failed of, also where bad input
+# will fail again. It has a folder for each attempt, on each machine, with a file for each worker's
+# error, which it shows when it gives up. There a worker also leaves a mark that its error is final.
+FINAL_ERROR = "final-error-"
+
+
+def _attempt_folder() -> Path | None:
+    """torchrun's folder for this attempt on this machine; None without torchrun."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull)
+    return None if file == os.devnull else Path(file).parents[1]
+
+
+def _report_final_error(message: str) -> bool:
+    """Leave the mark, and the message for torchrun; returns whether no other rank has said it."""
+    folder = _attempt_folder()
+    if folder is None:
+        return True
+    text = message or "error: rank 0 has said above why it ends"
+    report = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
+    mark = folder / f"{FINAL_ERROR}{zlib.crc32(text.encode()):08x}"
+    try:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": report}))
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def exit_if_restart_cannot_help() -> None:
+    """Exit with code 2 where torchrun has restarted us after an error that is final.
+
+    A script calls it before it imports torch, so that the restarts that are left take no time.
+    """
+    folder = _attempt_folder()
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if folder is None or restarts == 0:
+        return
+    earlier = folder.with_name(f"attempt_{restarts - 1}")
+    if not any(earlier.glob(f"{FINAL_ERROR}*")):
+        return
+    for mark in earlier.glob(f"{FINAL_ERROR}*"):
+        (folder / mark.name).touch()
+    for report in earlier.glob("*/error.json"):
+        target = folder / report.parent.name / report.name
+        if str(target) == os.environ["TORCHELASTIC_ERROR_FILE"]:
+            target.write_bytes(report.read_bytes())
+    sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------- the end
@@ -216,16 +284,20 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
     def stop(signum, frame):
         raise Stopped(signum)
 
-    _handle_stop_signals(stop)
+    handle_stop_signals(stop)
     _open_output()
     with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
         try:
             main()
             code, message = 0, ""
-        except (Exception, KeyboardInterrupt, Stopped) as error:
+        except (Exception, KeyboardInterrupt, Stopped, SystemExit) as error:
             code, message = exit_code_and_message(error, out_of_memory)
             if code == 1:
                 message = traceback.format_exc().rstrip()
+            else:
+                message = message.replace("\n", "\\n")  # the name of a file may have more lines
+            if is_final(error) and not _report_final_error(message):
+                message = ""
         # After a failure the process group is left to die with the process: to destroy it in good
         # order would be to wait for the other ranks.
         distributed = sys.modules.get("torch.distributed")
@@ -247,6 +319,13 @@ def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int
         return 128 + error.signum, "interrupted" if error.signum == signal.SIGINT else ""
     if isinstance(error, FailedElsewhere):
         return 2, ""
+    if isinstance(error, SystemExit):  # of the command line's reader, which has said why
+        return error.code or 0, ""
+    if has_lost_contact(error):
+        reason = str(error).partition("\n")[0]
+        rank = os.environ.get("RANK", "0")
+        found = f"error: rank {rank} has lost another rank ({reason})"
+        return 2, f"{found}; expected all to stay; look for what the others said before they ended"
     if isinstance(error, BrokenPipeError):  # the reader has gone, as in `python sample.py | head`
         return 0, ""
     if isinstance(error, OSError):
@@ -254,10 +333,38 @@ def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int
         reason = error.strerror or str(error)
         remedy = "check the path, its permissions and the free space"
         return 2, f"error: {place}{reason}; expected to read or write it; {remedy}"
+    message = what_the_machine_lacks(error, out_of_memory)
+    return (2, message) if message else (1, "")
+
+
+def what_the_machine_lacks(error: BaseException, out_of_memory: str) -> str:
+    """The line for an error that says that memory or a compiler is missing; else empty."""
+    reason = str(error).partition("\n")[0]
     if is_out_of_memory(error):
-        reason = str(error).partition("\n")[0] or "out of memory"
-        return 2, f"error: {reason}; expected the work to fit in memory; {out_of_memory}"
-    return 1, ""
+        reason = reason or "out of memory"
+        return f"error: {reason}; expected the work to fit in memory; {out_of_memory}"
+    if type(error).__name__ == "InductorError":  # torch.compile's
+        remedy = "install one (on Debian with apt install g++), or use --no-compile"
+        return f"error: torch.compile: {reason}; expected a working C++ compiler; {remedy}"
+    return ""
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether the same command would fail again: bad input, but no fault of this program."""
+    if isinstance(error, SystemExit):
+        return error.code == 2
+    return isinstance(error, (UserError, FailedElsewhere)) and not isinstance(error, LostContact)
+
+
+def has_lost_contact(error: BaseException) -> bool:
+    """Whether another process of the run has ended, or was cut off, while this one waited for it.
+
+    NCCL's and the store's errors have classes; gloo raises a RuntimeError that says it in words.
+    """
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    words = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    return type(error) is RuntimeError and any(phrase in str(error) for phrase in words)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -268,5 +375,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "can't allocate memory")
+    words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)

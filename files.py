@@ -299,8 +299,9 @@ def locked(folder: Path) -> Iterator[None]:
     if os.path.lexists(file):
         status = file.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            kind = "a symbolic link" if file.is_symlink() else "a hard link or no regular file"
             raise UserError(
-                f"{file}: a link, or no regular file",
+                f"{file}: {kind}",
                 expected="a file that this program made",
                 remedy="remove it",
             )

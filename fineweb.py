@@ -38,10 +38,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tiktoken
+import tyro
 
 import cli
 import tokens
@@ -75,6 +76,9 @@ RETRIES = 6
 # ---------------------------------------------------------------------------------------- flags
 
 
+no_files = tyro.conf.arg(metavar="PATH …", help_behavior_hint="(default: none)")
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """What to prepare, and where to put it."""
@@ -89,9 +93,9 @@ class PrepareConfig:
     revision: str = "main"
     # Column, or key of a JSON object, that holds the text.
     text_column: str = "text"
-    # Local files, folders or globs to read instead of a dataset: text and source files, .jsonl,
-    # .json, .csv, .tsv (these also as .gz, .bz2 or .zst), .parquet, .arrow.
-    input: tuple[str, ...] = ()
+    # Local files, folders or globs to read instead of a dataset. They may hold text or source
+    # code, JSON, JSON lines, CSV or TSV (all of these also as .gz, .bz2 or .zst), Parquet, Arrow.
+    input: Annotated[tuple[str, ...], no_files] = ()
     # What separates documents inside a text file; \n, \r and \t are understood. '' means that each
     # file is one document.
     split_on: str = ""
@@ -1282,17 +1286,22 @@ def write_corpus(
     check_skipped(config, position)
     if writer.num_tokens <= position.documents:
         raise UserError(
-            f"{config.source_name}: {position.documents:,} documents without any text",
+            f"{config.source_name}: {plural(position.documents, 'document')} without any text",
             expected="some text",
             remedy="check the source",
         )
     summary = {"documents": position.documents, "skipped": position.skipped}
     writer.finish(summary, encoding.eot_token)
     say(
-        f"{config.folder}: {position.documents:,} documents, {writer.num_tokens:,} tokens in "
-        f"{len(writer.shards)} shards, {speed}; skipped documents: {listed(position.skipped)}"
+        f"{config.folder}: {plural(position.documents, 'document')}, {writer.num_tokens:,} tokens "
+        f"in {plural(len(writer.shards), 'shard')}, {speed}; "
+        f"skipped documents: {listed(position.skipped)}"
     )
     point_out_long_documents(position, say)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def listed(skipped: dict[str, int]) -> str:

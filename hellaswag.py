@@ -48,6 +48,7 @@ import tyro
 from tqdm import tqdm
 
 from cli import UserError, parse_flags, run_script
+from files import read_bytes
 from model import GPT
 from run_directory import load_model
 from runtime import Runtime, choose_dtype, masked_attention, start
@@ -157,7 +158,7 @@ def load_items(file: Path | None = None) -> list[Item]:
             expected="HellaSwag items as JSON lines",
             remedy="name another file, or download the official one with --download",
         )
-    content = path.read_bytes()
+    content = read_bytes(path, limit=2**28)
     if file is None and (found := _mismatch(content, SIZE, SHA256)):
         raise UserError(
             f"{path}: {found}",
@@ -428,11 +429,14 @@ def log_probabilities(
             targets.append(ending.tokens)
             first = end
     device = model.device
-    idx = torch.as_tensor(idx).to(device)
-    positions = torch.as_tensor(positions).to(device)
-    branch = torch.as_tensor(branch).to(device)
-    places = torch.as_tensor(places).to(device)
-    targets = torch.as_tensor(np.concatenate(targets)).long().to(device)
+
+    def to_device(array: np.ndarray) -> torch.Tensor:
+        # CUDA has a copy of the array when this returns, though it has not done the work before it.
+        return torch.as_tensor(array).to(device, non_blocking=device.type == "cuda")
+
+    idx, positions, branch = to_device(idx), to_device(positions), to_device(branch)
+    places = to_device(np.array(places))
+    targets = to_device(np.concatenate(targets).astype(np.int64))
 
     query_branch, key_branch = branch[:, :, None], branch[:, None, :]
     mask = (key_branch == 0) | (key_branch == query_branch)  # (B, T, T)
@@ -528,7 +532,7 @@ def evaluate(
     finally:
         model.train(was_training)
 
-    log_p = rt.sum(torch.from_numpy(log_p.reshape(-1, 4)).float().to(rt.device)).cpu().numpy()
+    log_p = rt.sum(torch.from_numpy(log_p.reshape(-1, 4)).float()).numpy()
     log_p_norm = log_p / lengths
     acc, acc_stderr = accuracy(log_p, labels)
     acc_norm, acc_norm_stderr = accuracy(log_p_norm, labels)

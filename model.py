@@ -214,7 +214,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         if cache is not None:
             positions = cache.positions(T)
-            places = torch.arange(cache.attended_length, device=idx.device)  # (S,)
+            places = torch.arange(cache.num_places_read, device=idx.device)  # (S,)
             mask = positions[:, None] >= places  # (T, S)
         elif positions is None:
             if T > self.config.block_size:
@@ -250,12 +250,17 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike, dropout: float = 0.0) -> "GPT":
-        """GPT-2 from a local Hugging Face directory or a hub name such as `gpt2`.
+        """GPT-2 from a local Hugging Face directory, a run, or a hub name such as `gpt2`.
 
+        A run directory stands for its best checkpoint, or for its newest, as on the command line.
         The model is in float32 and in evaluation mode. Its `revision` is the commit of a download.
         Raises UserError for a name that cannot be fetched, a config that is not plain GPT-2, and
         for weights that are missing, of another shape or type, or not finite.
         """
+        if Path(name_or_dir, "train.json").exists():
+            from run_directory import resolve_model  # it imports this module, so not above
+
+            name_or_dir = resolve_model(str(name_or_dir))
         return _load(cls, name_or_dir, dropout)
 
     def save_pretrained(self, folder: str | os.PathLike, **extra_config) -> None:
@@ -270,8 +275,8 @@ class GPT(nn.Module):
 def _embedding(rows: int, channels: int) -> nn.Embedding:
     """An embedding without values yet.
 
-    nn.Embedding(…) would initialise it, and on the meta device the import that this needs takes two
-    seconds.
+    nn.Embedding(…) would initialise it. On the meta device that imports a part of torch that takes
+    two seconds to load.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
 
@@ -284,10 +289,10 @@ class KVCache:
 
     position: how many tokens are stored. It is a tensor on the device, so that a compiled step for
         one token is the same graph at every position.
-    attended_length: attention reads so many places, from the first one on. At first that is all
-        places. Those that hold no token yet are masked, so the result is right, but attention takes
-        the time of a full cache. A caller that knows how many tokens will be stored after the next
-        call may set it to that number.
+    num_places_read: attention reads this many of the places, the first ones. KVCache sets it to
+        `length`: places without a token are masked, so the result is right, but attention takes the
+        time of a full cache. A caller may lower it, before each call, to the number of tokens that
+        will be stored after the call (sample.py does).
     """
 
     def __init__(
@@ -303,7 +308,7 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.position = torch.zeros((), device=device, dtype=torch.long)
-        self.attended_length = length
+        self.num_places_read = length
 
     def positions(self, T: int) -> torch.Tensor:
         """Positions of the next T tokens, (T,)."""
@@ -320,7 +325,7 @@ class KVCache:
         keys, values = self.k[layer], self.v[layer]
         keys.index_copy_(2, positions, k.to(keys.dtype))
         values.index_copy_(2, positions, v.to(values.dtype))
-        return keys[:, :, : self.attended_length], values[:, :, : self.attended_length]
+        return keys[:, :, : self.num_places_read], values[:, :, : self.num_places_read]
 
 
 # ------------------------------------------------------------------------------------------- loss
@@ -337,9 +342,10 @@ class NextTokenLoss(nn.Module):
     """Mean cross-entropy of the next token, in float32: what is trained.
 
     The loss is the forward of a module because of DDP and torch.compile. DDP averages gradients
-    over ranks, but only those of what its wrapped forward computes. If the loss were computed outside of
-    that forward, each rank would keep gradients of its own, without an error. torch.compile sees
-    the network, the head and the loss as one graph, with tokens as input and one number as output.
+    over ranks, but only for computations in the forward that it wraps. If the loss were computed
+    outside of that forward, each rank would keep gradients of its own, without an error.
+    torch.compile sees the network, the head and the loss as one graph, with tokens as input and one
+    number as output.
 
     It never holds more than LOSS_ROWS rows of logits. Those of a large batch would be its largest
     tensor by far, because a token has V = 50257 logits and only C = 768 channels.
@@ -399,7 +405,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
             loss -= log_p.gather(1, target).sum()
             if needs_grad:
-                # The gradient of the loss by its logits is the probabilities minus the one-hot
+                # The gradient with respect to the logits is the probabilities minus the one-hot
                 # target (divided by N, which backward does).
                 d_logits = _probabilities_minus_target(log_p, target).to(x.dtype)  # (n, P)
                 dx[start : start + chunk] = d_logits @ w
@@ -411,7 +417,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """grad: the derivative of the final loss by the one returned here, a scalar."""
+        """grad: the derivative of the final loss with respect to this one, a scalar."""
         dx, dw = ctx.saved_tensors
         scale = grad / dx.size(0)
         return dx * scale, dw * scale, None, None
@@ -441,6 +447,9 @@ END_OF_TEXT_IDS = {257: 256, 50257: 50256}
 
 def _save(model: GPT, folder: Path, extra_config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        if (folder / name).is_symlink():  # or what it points to would be overwritten
+            (folder / name).unlink()
     c = model.config
     special_tokens = {}
     if c.vocab_size in END_OF_TEXT_IDS:
@@ -680,7 +689,7 @@ def read_header(file: Path) -> dict[str, dict]:
         # safetensors checks that the header is whole and that no tensors overlap.
         with safe_open(file, framework="pt"):
             pass
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, MemoryError) as error:  # the others: too large to map
         raise UserError(
             f"{file}: {_plain(str(error))}",
             expected="a safetensors file",
@@ -695,11 +704,13 @@ def _check_stored(
     """Refuse stored tensors that are not the parameters of these shapes, in floating point."""
     if "lm_head.weight" in stored:
         shapes = shapes | {"lm_head.weight": shapes["transformer.wte.weight"]}
+    files = {tensor.file for tensor in stored.values()}
+    place = files.pop() if len(files) == 1 else folder
     for name in sorted(shapes.keys() | stored.keys()):
         found = stored[name].shape if name in stored else None
         if found != shapes.get(name):
             raise UserError(
-                f"{folder}: {_plain(name)} has shape {_shape(found)}",
+                f"{place}: {_plain(name)} has shape {_shape(found)}",
                 expected=_shape(shapes.get(name)),
                 remedy="use weights that belong to this config.json",
             )
@@ -723,7 +734,6 @@ def _read_tensors(stored: dict[str, _StoredTensor]) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt") as f:  # maps the file: `convert` reads it
             mapped = [(our_name, f.get_tensor(name)) for our_name, name in names]
 
-        # `file=file` keeps this file's name, as the loop goes on before the threads run.
         def convert(item: tuple[str, torch.Tensor], file: Path = file) -> torch.Tensor:
             name, tensor = item
             tensor = tensor.float()

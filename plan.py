@@ -197,7 +197,7 @@ def plan_time(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int) -> list[
 
     The device's speed is its datasheet's peak, or that of matrix products timed now.
     """
-    peak = peak_flops(rt.device)
+    peak = peak_flops(rt.device, rt.dtype)
     if peak:
         return time_lines(c, rt.world_size, steps, batch_tokens, peak, "in its datasheet")
     speed = matmul_speed(rt)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import numpy as np
@@ -22,7 +22,7 @@ import tyro
 
 import cli
 from cli import UserError, parse_flags, run_script
-from files import same_folder, write_file
+from files import read_json, read_lines, same_folder, write_file
 from fineweb import FINEWEB_EDU_FOLDER
 
 # OpenAI's GPT-2 by number of layers. HellaSwag is acc_norm in percent, completion style, from
@@ -102,11 +102,13 @@ def read_config(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     file = folder / "train.json"
     if not file.is_file():
         return {}
-    config = parse_json(file.read_bytes())
-    if not isinstance(config, dict):
+    try:
+        config = read_json(file, {})
+    except UserError:
         say(f"{file}: not a configuration, passed over")
         return {}
-    return config
+    # All that a run is compared by are single values.
+    return {key: value for key, value in config.items() if not isinstance(value, (dict, list))}
 
 
 def read_log(folder: Path, say: Callable[[str], None]) -> dict[str, Curve]:
@@ -118,7 +120,7 @@ def read_log(folder: Path, say: Callable[[str], None]) -> dict[str, Curve]:
         )
     points: dict[str, list[tuple[float, float]]] = {event: [] for event in VALUE_OF_EVENT}
     passed_over = 0
-    for line in file.read_bytes().splitlines():
+    for line in read_lines(file):
         entry = parse_json(line)
         if not isinstance(entry, dict) or not isinstance(entry.get("event"), str):
             passed_over += 1
@@ -271,10 +273,14 @@ def import_matplotlib():
     def exists_elsewhere(path) -> bool:
         return path != "matplotlibrc" and exists(path)
 
-    with mock.patch("os.path.exists", exists_elsewhere), mock.patch.dict(os.environ):
-        os.environ.pop("MPLBACKEND", None)
-        import matplotlib
-        import matplotlib.figure
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        with mock.patch("os.path.exists", exists_elsewhere):
+            import matplotlib
+            import matplotlib.figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return matplotlib
 
 
@@ -494,9 +500,13 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
 # ---------------------------------------------------------------------------------------- script
 
 
+run_folders = tyro.conf.arg(metavar="RUN …", help_behavior_hint="(one or more)")
+
+
 @dataclass(frozen=True)
 class PlotConfig:
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run directories, or folders of them
+    # run directories, or folders of them
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], run_folders]] = ()
     out: Path = Path("curves.png")  # the picture; its suffix names its kind
     table: bool = False  # print final losses as a Markdown table instead of drawing
 

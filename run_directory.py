@@ -17,14 +17,17 @@ any moment leaves the whole checkpoint or none.
 
 import contextlib
 import datetime
+import hmac
+import itertools
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,12 +42,14 @@ from files import (
     locked,
     plain_name,
     read_json,
+    read_lines,
     remove_leftovers,
     set_mode,
     sync,
     write_file,
 )
-from model import GPT, GPTConfig, read_config
+from model import GPT, GPTConfig, read_config, read_header
+from optimizer import STATE_OF
 from tokens import check_tokenizer, encoding_for, save_tokenizer
 
 SCHEMA = 2  # of state.json; a newer one is refused
@@ -73,7 +78,7 @@ class RunDirectory:
         self.step = 0
         self.elapsed = 0.0  # seconds of training, evaluations and saves excluded
         self.last_saved: int | None = None
-        self._logged: set[tuple[str, int]] = set()  # events that were logged before a resume
+        self._logged: set[tuple[str, int]] = set()  # of the step that a run is resumed from
         self._lock = contextlib.ExitStack()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._commit: Future | None = None  # the checkpoint that is being written
@@ -92,6 +97,7 @@ class RunDirectory:
 
         may_hold_run: whether a run that is there already is welcome, or refused with a UserError.
         """
+        refuse_inside_checkpoint(self.folder)
         self._lock.enter_context(locked(self.folder))
         if not may_hold_run and (is_run(self.folder) or step_directories(self.folder)):
             self._lock.close()
@@ -104,17 +110,19 @@ class RunDirectory:
     def begin(self, config: dict) -> None:
         """Start a new run in the claimed directory."""
         remove_leftovers(self.folder)
+        remove(self.folder / "best.json")  # of no run: where there is one, begin is not called
         keep_old_log(self.folder)
-        values = config | {"started": provenance()}
+        values = config | {"started": provenance() | {"seal": seal(config)}}
         write_file(self.folder / "train.json", (json.dumps(values, indent=2) + "\n").encode())
 
-    def resume(self) -> Path | None:
+    def newest_checkpoint(self) -> Path | None:
         """Go back to the newest checkpoint that is whole and finite; None where none was saved.
 
         Damaged checkpoints after it are set aside, so that they are never counted again. The log
         is cut back to the checkpoint's step, so that each step stands in it once.
         """
         remove_leftovers(self.folder)
+        read_best(self.folder)  # what is wrong with it is said now, not at the first save
         checkpoint = newest_valid(self.folder, self.say)
         if checkpoint is None:
             if step_directories(self.folder):
@@ -136,7 +144,9 @@ class RunDirectory:
         state = read_state(checkpoint)
         self.step = self.last_saved = state["step"]
         self.elapsed = state["elapsed"]
-        self._logged = {(entry["event"], entry["step"]) for entry in read_log(self.folder)}
+        for _, entry in read_log(self.folder):
+            if entry and entry["step"] == self.step:
+                self._logged.add((entry["event"], entry["step"]))
         return state
 
     def has_logged(self, event: str, step: int) -> bool:
@@ -201,6 +211,13 @@ class RunDirectory:
         if self._commit:
             commit, self._commit = self._commit, None
             commit.result()
+
+    def in_background(self, work: Callable[[], None]) -> None:
+        """Have some work done beside the next steps, by the thread that writes checkpoints.
+
+        It must not fail: nobody asks how it ended. The run waits for its end when it closes.
+        """
+        self._writer.submit(work)
 
     def _raise_failed_commit(self) -> None:
         if self._commit and self._commit.done():
@@ -377,20 +394,40 @@ def read_state(folder: Path) -> dict:
 def read_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """optimizer.safetensors of a checkpoint."""
     file = folder / "optimizer.safetensors"
-    try:
-        return load_file(file)
-    except FileNotFoundError:
+    if not file.exists():
         raise UserError(
             f"{file}: not there",
             expected="the optimizer's state beside the weights",
             remedy="start a new run from these weights instead of continuing the old one",
-        ) from None
+        )
+    check_optimizer_header(file, read_config(folder))
+    try:
+        return load_file(file)
     except SafetensorError as error:
         raise UserError(
             f"{file}: {error}",
             expected="a safetensors file",
             remedy="use another checkpoint",
         ) from None
+
+
+def check_optimizer_header(file: Path, config: GPTConfig) -> None:
+    """Refuse tensors that are no optimizer's state of such a model, before one of them is read."""
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    kinds = set(itertools.chain(*STATE_OF.values()))
+    for name, entry in read_header(file).items():
+        if name == "__metadata__":
+            continue
+        parameter, _, kind = name.rpartition(".")
+        found = (entry["dtype"], entry["shape"])
+        if kind not in kinds or found != ("F32", shapes.get(parameter)):
+            raise UserError(
+                f"{file}: {name[:200]!r} is {entry['dtype']} of shape {entry['shape'][:9]}",
+                expected="the moments of the model's parameters, as F32",
+                remedy="use another checkpoint",
+            )
 
 
 def check_train_json(run: Path, checkpoint: Path) -> None:
@@ -431,6 +468,18 @@ def best_step(run: Path) -> Path | None:
     return run / f"step_{best['step']:06d}" if best else None
 
 
+def refuse_inside_checkpoint(folder: Path) -> None:
+    """A run inside a checkpoint would be deleted with it, or would change what it holds."""
+    place = folder.resolve()
+    for parent in (place, *place.parents):
+        if (parent / "manifest.json").exists() and (parent / "state.json").exists():
+            raise UserError(
+                f"{folder}: inside the checkpoint {parent}",
+                expected="a directory of its own for the run",
+                remedy="choose another --out",
+            )
+
+
 def is_run(folder: Path) -> bool:
     return (folder / "train.json").exists()
 
@@ -468,7 +517,7 @@ def resolve_model(name: str | None, warn: Callable[[str], None] = print) -> str:
     """
     place = Path(name) if name else newest_run()
     if place.parts[:1] == ("runs",) and not place.exists():  # or it would be looked up on the hub
-        runs = sorted(str(run) for run in Path("runs").glob("*"))
+        runs = sorted(str(run) for run in Path("runs").glob("*") if is_run(run))
         raise UserError(
             f"{place}: no such run",
             expected=f"one of {', '.join(runs)}" if runs else "a run that train_gpt2.py has made",
@@ -491,7 +540,7 @@ def checkpoint_to_load(run: Path, warn: Callable[[str], None]) -> Path:
     """The best checkpoint of a run if it keeps one, else the newest whose model is whole."""
     candidates = list(reversed(step_directories(run)))
     best = best_step(run)
-    if best is not None:
+    if best is not None and not best.is_symlink():
         candidates.insert(0, best)
     for folder in candidates:
         fault = fault_of(folder, MODEL_FILES)
@@ -526,7 +575,7 @@ def encoding_of(config: GPTConfig, picked: str) -> tiktoken.Encoding:
     file = Path(picked, "config.json")
     name = None
     if file.is_file():
-        name = read_json(file, {}).get("encoding")
+        name = read_json(file, {"encoding?": (str, type(None))}).get("encoding")
     encoding = encoding_for(config.vocab_size, name, picked)
     if Path(picked).is_dir():
         check_tokenizer(Path(picked), encoding)
@@ -558,10 +607,10 @@ def set_aside(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a directory or a link (never what the link points to), if it is there."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 # ----------------------------------------------------------------------------------- log, begin
@@ -570,7 +619,7 @@ def remove(path: Path) -> None:
 def append(file: Path, line: str, flush_to_disk: bool) -> None:
     """Add a line to a file. An OSError names the file, which a full disk does not do by itself."""
     try:
-        with open(file, "a", encoding="utf-8") as f:
+        with open(file, "a", encoding="utf-8", opener=without_following_links) as f:
             f.write(line)
             f.flush()
             if flush_to_disk:
@@ -579,20 +628,21 @@ def append(file: Path, line: str, flush_to_disk: bool) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from None
 
 
-def read_log(run: Path) -> list[dict]:
-    """The entries of log.jsonl in order; lines that are not entries are left out."""
+def without_following_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def read_log(run: Path) -> Iterator[tuple[bytes, dict | None]]:
+    """The lines of log.jsonl, each with the entry that it is, or None where it is not one."""
     file = run / "log.jsonl"
     if not file.exists():
-        return []
-    entries = []
-    for line in file.read_bytes().splitlines():
+        return
+    for line in read_lines(file):
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode())
         except (ValueError, RecursionError):
-            continue
-        if is_entry(entry):
-            entries.append(entry)
-    return entries
+            entry = None
+        yield line, entry if is_entry(entry) else None
 
 
 def is_entry(entry: object) -> bool:
@@ -606,24 +656,70 @@ def is_entry(entry: object) -> bool:
 def cut_log(run: Path, step: int, warn: Callable[[str], None]) -> None:
     """Cut log.jsonl back to `step`, and drop lines that a crash has torn."""
     file = run / "log.jsonl"
-    lines = file.read_bytes().splitlines() if file.exists() else []
-    entries = read_log(run)
-    if len(entries) < len(lines):
-        warn(f"warning: {file}: left out {len(lines) - len(entries)} damaged lines")
-    kept = [entry for entry in entries if entry["step"] <= step]
-    content = "".join(json.dumps(entry) + "\n" for entry in kept)
-    write_file(file, content.encode())
+    damaged = 0
+    kept = []
+    for line, entry in read_log(run):
+        if entry is None:
+            damaged += 1
+        elif entry["step"] <= step:
+            kept.append(line + b"\n")
+    if damaged:
+        warn(f"warning: {file}: left out {damaged} damaged lines")
+    write_file(file, b"".join(kept))
 
 
 def keep_old_log(run: Path) -> None:
     """Keep the log of a run that had saved nothing, and so begins anew, under another name."""
     file = run / "log.jsonl"
-    if read_log(run):
+    if any(entry for _, entry in read_log(run)):
         number = 1
-        while (run / f"log-{number}.jsonl").exists():
+        while os.path.lexists(run / f"log-{number}.jsonl"):
             number += 1
         file.rename(run / f"log-{number}.jsonl")
     write_file(file)
+
+
+# The values of a train.json that reach outside of the run directory: to files, to the hub, to a
+# service. A run or a train.json that comes from somebody else must not choose them.
+REACHING_OUT = ("data", "init_from", "wandb")
+
+
+def seal(config: dict) -> str | None:
+    """A mark of these values that nobody else can make: it needs a key that this user keeps.
+
+    None where no key can be kept, as where the home directory cannot be written.
+    """
+    key = seal_key()
+    if key is None:
+        return None
+    values = json.dumps([config[name] for name in REACHING_OUT])
+    return hmac.new(key, values.encode(), "sha256").hexdigest()
+
+
+def is_sealed(file: Path) -> bool:
+    """Whether these values of a train.json were written by this user, on this machine."""
+    config = read_json(file, {name: (str, bool) for name in REACHING_OUT})
+    started = config.get("started")
+    found = started.get("seal") if isinstance(started, dict) else None
+    expected = seal(config)
+    return expected is not None and found == expected
+
+
+def seal_key() -> bytes | None:
+    """The key of this user's seals, made when it is first needed."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    file = Path(state, "pygpt2", "key")
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            # With these flags the file is new, no link is followed, and nobody else can read it.
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w") as f:
+                f.write(secrets.token_hex(32))
+        key = file.read_bytes()
+    except (OSError, RuntimeError):  # the latter where there is no home directory
+        return None
+    return key if len(key) == 64 else None
 
 
 def provenance() -> dict:

@@ -6,22 +6,22 @@ attention kernels asks it; the model knows of none of them.
 
 import contextlib
 import ctypes
-import datetime
+import itertools
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cli
+import process_group
 from cli import FailedElsewhere, UserError
-
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits for the others
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Runtime:
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and losses stay float32
+    store: dist.Store | None = None  # what all ranks can read and write; None for one rank
+    _main_works: Iterator[int] = field(default_factory=itertools.count)  # numbers of `on_main`
 
     @property
     def is_main(self) -> bool:
@@ -80,7 +82,7 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
-    def largest(self, value: int) -> int:
+    def max_over_ranks(self, value: int) -> int:
         """The largest of all ranks' values, on every rank."""
         if self.world_size == 1:
             return value
@@ -103,7 +105,8 @@ class Runtime:
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Do some work on rank 0 alone; returns its result on every rank.
 
-        Where it fails, all ranks end: rank 0 with the error, the others without a word.
+        It may take longer than a collective may: the others wait at the store meanwhile. Where it
+        fails, all ranks end: rank 0 with the error, the others without a word.
         """
         result, error = None, None
         if self.is_main:
@@ -111,12 +114,29 @@ class Runtime:
                 result = work()
             except Exception as caught:
                 error = caught
+        self._wait_for_main()
         failed, result = self.broadcast((error is not None, result))
         if error:
             raise error
         if failed:
             raise FailedElsewhere
         return result
+
+    def raise_on_all(self, error: Exception) -> NoReturn:
+        """End all ranks, which have found the same error: rank 0 with it, the others silently."""
+        raise error if self.is_main else FailedElsewhere
+
+    def _wait_for_main(self) -> None:
+        """Wait until rank 0 has come here, however long it takes."""
+        if self.world_size == 1:
+            return
+        key = f"on_main/{next(self._main_works)}"
+        if self.is_main:
+            self.store.set(key, "done")
+        pause = 0.01
+        while not self.store.check([key]):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, so that a clock can be read."""
@@ -132,29 +152,21 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, chosen)
     if chosen.type == "cuda":
         chosen = cuda_device_of_rank(chosen)
         torch.cuda.set_device(chosen)
+    chosen_dtype = choose_dtype(dtype, chosen)
+    if chosen.type == "cuda":
         # In a bfloat16 run the few float32 products may be TF32; who asks for float32 gets it.
         precision = "highest" if chosen_dtype == torch.float32 else "high"
         torch.set_float32_matmul_precision(precision)
+    if chosen.type == "cpu" or rank == 0:
+        keep_freed_memory()  # on a GPU for the copies that checkpoints are written from
     if chosen.type == "cpu":
-        keep_freed_memory()
         # Despite its name it rules the CPU too: unfused attention stays in bfloat16.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    if world_size > 1 and not dist.is_initialized():
-        join_process_group(chosen)
-    return Runtime(rank, world_size, chosen, chosen_dtype)
-
-
-def join_process_group(device: torch.device) -> None:
-    """Meet the other ranks that torchrun has started."""
-    if device.type != "cuda":
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
-        return
-    # Tensors on the CPU travel by gloo, so that a vote does not wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+    store = process_group.join(chosen) if world_size > 1 else None
+    return Runtime(rank, world_size, chosen, chosen_dtype, store)
 
 
 def choose_device(name: str) -> torch.device:
@@ -175,8 +187,8 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = available[0]
-    kind = name.split(":")[0]
-    if kind not in available:
+    kind, colon, number = name.partition(":")
+    if kind not in available or (colon and not number.isdecimal()):
         raise UserError(
             f"--device {name} is not available",
             expected=f"one of {', '.join(available)}",
@@ -189,6 +201,12 @@ def cuda_device_of_rank(device: torch.device) -> torch.device:
     """The GPU of this process: under torchrun each rank of a machine has one of its own."""
     index = int(os.environ.get("LOCAL_RANK", device.index or 0))
     count = torch.cuda.device_count()
+    if index >= count and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"--device {device} is not available",
+            expected=f"a GPU below {count}, the number of this machine's GPUs",
+            remedy="choose one of them",
+        )
     if index >= count:
         raise UserError(
             f"process {index} of this machine has no GPU: there are {count}",
@@ -256,8 +274,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def masked_attention(device: torch.device):
     """A context with the kernels for attention with a mask: HellaSwag's rows and the cache.
 
-    On CUDA neither cuDNN nor FlashAttention takes an arbitrary mask. Without this context the
-    choice would depend on the versions of torch and of the card.
+    On CUDA FlashAttention takes no mask. cuDNN takes one, but builds a plan for each new shape, and
+    there are many here. Without this context the choice would depend on torch's version and on the
+    card.
     """
     kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if device.type != "cuda":

@@ -70,8 +70,8 @@ def next_token(
     V = logits.size(-1)
     k = V if top_k is None else min(top_k, V)
     has_nucleus = top_p is not None and top_p < 1
-    is_sorted = k < V or has_nucleus  # the nucleus alone needs all V tokens in order
-    if is_sorted:
+    sort_first = k < V or has_nucleus  # the nucleus alone needs all V tokens in order
+    if sort_first:
         logits, tokens = logits.topk(k)  # both (B, k), the likeliest first
     p = torch.softmax(logits / temperature, -1)
     if has_nucleus:
@@ -82,7 +82,7 @@ def next_token(
     # torch.multinomial does the same, but first checks p, and that makes the host wait.
     noise = torch.empty_like(p).exponential_(generator=generator)
     choice = (p / noise).argmax(-1, keepdim=True)  # (B, 1)
-    if is_sorted:
+    if sort_first:
         return tokens.gather(-1, choice)  # from a place in the sorted order to a token
     return choice
 
@@ -144,14 +144,14 @@ def stream(
     unread = idx  # the tokens that the model reads next
     if idx.size(1) > block_size:
         unread = idx[:, -num_reread:]
-    # The number of tokens in the cache, once `unread` is read. The cache counts too, but on the
-    # device, and to ask it would make the host wait.
+    # How many tokens the cache will hold after `unread` is read. The cache counts too, but on the
+    # device, and reading its count would make the host wait.
     num_cached = unread.size(1)
     stopped = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
     for n in range(max_new_tokens):
         # 1) Read: afterwards the cache holds num_cached tokens, and nothing is unread.
         if on_cpu and not compiled:
-            cache.attended_length = num_cached  # the filled part of the cache
+            cache.num_places_read = num_cached  # the filled part of the cache
         read = compiled_read() if compiled and unread.size(1) == 1 else last_logits
         with masked_attention(idx.device):
             logits = read(model, unread, cache)[:, :vocab_size]  # (B, V); None keeps all columns
@@ -170,8 +170,8 @@ def stream(
         if stop_token is not None and may_look and stopped.all():
             return
 
-        # 4) Choose what is read next: the new token, or, when the context is full, the end of the
-        # text from position 0 on.
+        # 4) Choose what is read next: the new token. When the context is full, the last num_reread
+        # tokens of the text are read instead, from position 0 on.
         if num_cached < block_size:
             unread = token
             num_cached += 1
@@ -362,8 +362,8 @@ def stream_text(
 
 # ---------------------------------------------------------------------------- faster reading
 
-# Numbers of new tokens from which on a preparation saves more time than it takes. On a CPU
-# compiling saves none.
+# With this many new tokens a preparation saves the time that it takes. On a CPU compiling saves
+# nothing.
 PACK_REPAID = 100  # CPU, measured at 124M parameters: 0.4 s once, 5 ms saved a token
 COMPILE_REPAID = 10_000  # CUDA, an estimate: some 30 s once, a few ms saved a token
 

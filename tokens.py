@@ -159,8 +159,8 @@ def check_tokenizer(folder: str | os.PathLike, encoding: tiktoken.Encoding) -> N
 
 
 def _check_vocabulary(file: Path, found: dict[str, int], expected: dict[str, int]) -> None:
-    not_added = {token: i for token, i in found.items() if i < len(expected)}
-    if not_added != expected:
+    of_encoding = {token: i for token, i in found.items() if i < len(expected)}
+    if of_encoding != expected:
         raise UserError(
             f"{file}: a vocabulary of {len(found):,} tokens that is not this encoding's",
             expected=f"the {len(expected):,} tokens of the encoding in their order",
@@ -231,7 +231,8 @@ def _two_parts(token: bytes, ranks: dict[bytes, int], rank: int) -> list[bytes]:
     """The token's bytes after every merge of a lower rank, applied lowest first as in BPE."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        # A pair that is no token cannot be merged: it gets the token's own rank, higher than all.
+        # A pair that is no token cannot be merged. It gets a rank that is higher than those of all
+        # pairs that can: that of the token itself.
         pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
         i = pair_ranks.index(min(pair_ranks))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -448,8 +449,8 @@ class TokenData:
     fingerprint: str
 
 
-# Where no file is named a validation shard, the end of the corpus validates: a tenth of it, but not
-# more than this. An evaluation reads 10,485,760 tokens, and the last one needs a target.
+# If no file has "val" in its name, the last tenth of the corpus is the validation split, but at
+# most so many tokens. An evaluation reads 10,485,760 tokens, and the last one needs a target.
 MAX_VALIDATION_TOKENS = 10_485_760 + 1
 
 
@@ -562,8 +563,8 @@ def _check_datatrove(folder: Path, names: list[str]) -> None:
     """Refuse a directory that datatrove has not finished, as far as its names tell.
 
     A task first writes `00003_unshuffled.ds`, then its index, then its metadata. If documents are
-    shuffled, it next writes the same tokens as `00003_00000_doc_shuffled.ds` and removes the
-    unshuffled file, unless the unshuffled file is empty. So these signs are looked for:
+    shuffled, it next writes the same tokens as `00003_00000_doc_shuffled.ds`, and then removes the
+    unshuffled file if that is not empty. So these signs are looked for:
 
     1. a file has no index or no metadata while other files have them;
     2. a file that is not empty is called unshuffled while others are called shuffled;
@@ -691,7 +692,7 @@ def verify_shards(folder: Path, manifest: dict) -> None:
         shard = Shard.open(folder / entry["name"])
         if shard.count != entry["tokens"] or file_sha256(shard.path) != entry["sha256"]:
             raise UserError(
-                f"{shard.path}: {shard.count:,} tokens, contents changed",
+                f"{shard.path}: {shard.count:,} tokens, not those that manifest.json lists",
                 expected=f"{entry['tokens']:,} tokens of sha256 {entry['sha256']}",
                 remedy="the file is damaged or was replaced: restore it, or prepare into a new "
                 "directory",
@@ -744,9 +745,9 @@ def _permute(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
     A Feistel network permutes the numbers of 2h bits, whatever its round function is (Luby and
     Rackoff 1988). Its domain 0 … 4^h-1 is a little larger than 0 … n-1. If a result is n or more,
-    the network is applied to that result again, until one is below n. This makes a permutation of
-    0 … n-1 (cycle walking, Black and Rogaway 2002). The domain is at most four times as large as n,
-    so few rounds are needed.
+    the network is applied to the result, again and again, until a result is below n. This makes a
+    permutation of 0 … n-1 (cycle walking, Black and Rogaway 2002). The domain is at most four times
+    as large as n, so few repetitions are needed.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     round_keys = _round_keys(seed, epoch)

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports, which take seconds, so that Ct
     import cli
 
     cli.exit_on_signals()
+    cli.exit_if_restart_cannot_help()
 
 
 import argparse
@@ -54,7 +55,7 @@ import cli
 import fineweb
 import hellaswag
 import run_directory
-from cli import FailedElsewhere, Stopped, StopRequest, UserError, parse_flags, run_script
+from cli import Stopped, StopRequest, UserError, parse_flags, run_script
 from files import plain_name, read_bytes, read_json, write_file
 from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
 from gradients import check_tree, sum_in_fixed_order
@@ -68,7 +69,7 @@ from optimizer import (
 from plan import flops_per_token, parameters, plan, plan_for, plan_time
 from plot import draw_curves
 from run_directory import RunDirectory
-from runtime import Runtime, peak_flops, start
+from runtime import Runtime, multiplies_bfloat16, peak_flops, start
 from sample import sample_text
 from tokens import (
     ENCODINGS,
@@ -93,11 +94,13 @@ class TrainConfig:
     # complete configuration that the other flags override: first-run, finetune, gpt2, gpt2-medium,
     # gpt2-large, gpt2-xl, gpt2-fast
     recipe: str = "gpt2"
-    # directory of token shards, or text: a file, a folder or a glob, which is tokenised once
+    # directory of token shards, or text: a file, a folder or a glob. Text is tokenised once, into
+    # data/<name>-<hash of the contents>; a file that has changed is tokenised anew, beside it
     data: str = FINEWEB_EDU_FOLDER
     # encoding for text that has yet to be tokenised; token shards say themselves what they hold
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
-    # weights to start from: hub name, run, checkpoint or Hugging Face directory; empty: random ones
+    # weights to start from: a name on the hub, a run, one of its checkpoints, or a Hugging Face
+    # directory; empty: random ones
     init_from: str = ""
     # run directory; empty: runs/<recipe>, or runs/<recipe>-2, -3, … if that one holds a run
     out: str = ""
@@ -125,7 +128,8 @@ class TrainConfig:
     # sequences that go through the model at once on each rank; lower it when memory runs out (with
     # dropout they go through one by one in any case)
     micro_batch: int = 16
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices
+    # what updates the weights; muon: Muon for the blocks' matrices, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 6e-4  # AdamW's peak, which the warm-up ends at
     muon_learning_rate: float = 0.02  # Muon's peak, where it is used
     schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls after the warm-up
@@ -133,10 +137,10 @@ class TrainConfig:
     warmup_steps: int = 715  # updates in which the learning rate grows from zero to its peak
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
-    weight_decay: float = 0.1  # on matrices and embeddings, never on biases and layer norms
+    weight_decay: float = 0.1  # decay of matrices and embeddings; biases and norms have none
     grad_clip: float = 1.0  # largest gradient norm; a longer gradient is scaled down to it
     seed: int = 1337  # seed of the initial weights, of the order of the data, and of dropout
-    deterministic: bool = False  # the same bits at any number of ranks that is a power of two
+    deterministic: bool = False  # compute the same bits on 1, 2, 4, 8, … ranks
 
     # What is reported and kept. An interval of 0 means never.
 
@@ -152,7 +156,7 @@ class TrainConfig:
 
     # The machine.
 
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: str = "auto"  # device to compute on: cuda, mps or cpu; auto: the first that is there
     # dtype of matrix products; auto: bfloat16 where the hardware has it
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = True  # compile the training step with torch.compile
@@ -372,7 +376,7 @@ def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Modul
        DDP acts on what is computed by the forward that it wraps. So the loss must be a forward.
     3) torch.compile, if it is asked for, compiles forward and backward together.
 
-    Evaluation, samples and checkpoints use the plain `model`.
+    `model` itself stays plain: samples, HellaSwag and checkpoints use it.
     """
     loss_fn = NextTokenLoss(model)
     uses_ddp = rt.world_size > 1 and not config.deterministic
@@ -394,7 +398,7 @@ def warm_up_ddp(loss_fn: nn.Module, model: GPT, config: TrainConfig, rt: Runtime
     depend on the buckets. A run that is stopped and continued makes its first pass twice. So that
     pass must not be part of a step, or the continued run would differ from an undisturbed one.
     """
-    B = micro_batch_size(config)
+    B = sequences_at_once(config)
     idx = torch.zeros(B, config.seq_len, dtype=torch.long, device=rt.device)
     for _ in range(2):
         with rt.autocast(), rt.attention(config.seq_len):
@@ -413,7 +417,7 @@ def train_step(
     """One update from this rank's windows, int64 (sequences_per_step / W, T + 1).
 
     Returns the mean loss of the global batch before the update, in nats per token, and the norm of
-    its gradient before clipping. Raises UserError on every rank, before anything is updated, when
+    its gradient before clipping. Ends every rank with UserError, before anything is updated, when
     loss or norm is not finite. `step` seeds dropout.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -426,12 +430,13 @@ def train_step(
     gradient_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     loss, gradient_norm = torch.stack([loss, gradient_norm.to(loss)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        raise UserError(
+        error = UserError(
             f"loss {loss}, gradient norm {gradient_norm} in update {step + 1}",
             expected="finite numbers",
             remedy="nothing was updated; start anew with a lower --learning-rate, from the last "
             "checkpoint's weights with --init-from if there is one",
         )
+        rt.raise_on_all(error)
     # 3) After this line the weights are updated, the same on every rank.
     optimizer.step()
     # With one rank the gradients are freed. With several they are set to zero, since each is a
@@ -444,7 +449,7 @@ def backward(
     loss_fn: nn.Module, batch: torch.Tensor, config: TrainConfig, rt: Runtime, step: int
 ) -> torch.Tensor:
     """Accumulate the gradient over micro-batches and ranks; returns the mean loss of all."""
-    micro_batches = batch.split(micro_batch_size(config))
+    micro_batches = batch.split(sequences_at_once(config))
     total = torch.zeros((), device=rt.device)
     for i, windows in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
@@ -474,7 +479,7 @@ def backward_in_fixed_order(
 
     gradients.py adds up the micro-batches of a rank as they come, and then those sums over ranks.
     """
-    micro_batches = batch.split(micro_batch_size(config))
+    micro_batches = batch.split(sequences_at_once(config))
 
     def gradients_of_micro_batches() -> Iterator[list[torch.Tensor]]:
         for i, windows in enumerate(micro_batches):
@@ -492,7 +497,7 @@ def backward_in_fixed_order(
     return loss
 
 
-def micro_batch_size(config: TrainConfig) -> int:
+def sequences_at_once(config: TrainConfig) -> int:
     """Sequences per micro-batch; with dropout one, see `micro_batch_loss`."""
     return 1 if config.dropout else config.micro_batch
 
@@ -502,10 +507,12 @@ def micro_batch_loss(
 ) -> torch.Tensor:
     """The mean loss of micro-batch i of this rank, windows int64 (B, T + 1)."""
     if config.dropout:
-        # Each sequence goes through alone, with noise that only the seed and its number decide.
-        # So neither the number of ranks nor --micro-batch changes what is learned.
-        first = rt.rank * (config.sequences_per_step // rt.world_size)
-        sequence = step * config.sequences_per_step + first + i
+        # sequences_at_once is 1, so this is one sequence. Its noise depends on the seed and on the
+        # number of the sequence in the run. So neither the number of ranks nor --micro-batch
+        # changes what is learned.
+        sequences_per_rank = config.sequences_per_step // rt.world_size
+        first_of_rank = step * config.sequences_per_step + rt.rank * sequences_per_rank
+        sequence = first_of_rank + i
         torch.manual_seed((config.seed + 1_000_003 * sequence) % 2**63)
     windows = windows.to(rt.device, non_blocking=True)
     with rt.autocast(), rt.attention(config.seq_len):
@@ -530,6 +537,7 @@ def evaluate(
     """
     model.eval()
     loss_fn = NextTokenLoss(model)
+    compiled_loss_fn = rt.compile(loss_fn, config.seq_len) if config.compile else loss_fn
     batches = evaluation_batches(data, config)
     # A row for each batch: nats, tokens, bytes. A rank fills the rows of the batches that it reads,
     # and leaves zeros in the others, so that the sum over ranks has every row.
@@ -541,11 +549,16 @@ def evaluate(
             if i >= len(batches):
                 continue
             windows = batches[i]()
-            idx, targets = windows[:, :-1], windows[:, 1:]
+            # The last batch can be smaller: compiling for it alone would cost more than it saves.
+            is_full = windows.shape == (config.micro_batch, config.seq_len + 1)
+            batch_loss_fn = compiled_loss_fn if is_full else loss_fn
+            on_device = windows.to(rt.device, non_blocking=True)
             with rt.autocast(), rt.attention(config.seq_len):
-                loss = loss_fn(idx.to(rt.device), targets.to(rt.device)).item()
-            text_bytes = bytes_per_token[targets.numpy()].sum()
-            results[i] = torch.tensor([loss * targets.numel(), targets.numel(), text_bytes])
+                loss = batch_loss_fn(on_device[:, :-1], on_device[:, 1:])
+            targets = windows[:, 1:].numpy()
+            text_bytes = bytes_per_token[targets].sum()
+            # The one place where the host waits for the GPU.
+            results[i] = torch.tensor([loss.item() * targets.size, targets.size, text_bytes])
     finally:
         model.train()
     nats = tokens = text_bytes = 0.0
@@ -598,7 +611,13 @@ class Training:
     hellaswag_items: list[hellaswag.Item] | None
 
 
-class StopAgreed(Exception):
+# How a run stops. A signal makes cli.StopRequest note its number, and nothing else. The ranks
+# compare these numbers at certain points, all at the same ones. If one rank has been signalled,
+# AllRanksStop is raised on every rank. The loop then saves, and raises cli.Stopped, which becomes
+# the exit code.
+
+
+class AllRanksStop(Exception):
     """At least one rank has been asked to stop, and every rank has heard of it."""
 
 
@@ -606,8 +625,8 @@ def train(training: Training) -> None:
     """Train from the step that the run stands at to max_steps.
 
     At the head of the loop the model has seen exactly `step` updates. Whether to stop is asked
-    there, and between the batches of an evaluation. A stop saves first; what else was due at that
-    step is done when the run is continued.
+    there, and between the batches of an evaluation. A stop saves the checkpoint before anything
+    else that falls on the step. The rest of it is done when the run is continued.
     """
     config, rt, run = training.config, training.rt, training.run
     loss_fn = make_loss_function(training.model, config, rt)
@@ -625,7 +644,7 @@ def train(training: Training) -> None:
                 if is_due("eval", step, training):
                     progress.validation_loss = validate(step, training, check_stop)
                 if is_due("hellaswag", step, training):
-                    score(step, training, check_stop)
+                    score_hellaswag(step, training, check_stop)
                 if is_due("sample", step, training):
                     write_sample(step, training)
                 if step == config.max_steps:
@@ -647,20 +666,20 @@ def train(training: Training) -> None:
                     **speed,
                     elapsed=round(run.elapsed, 3),
                 )
-        except StopAgreed:
+        except AllRanksStop:
             if config.save_every:
                 save(step, training)
             run.wait_for_commit()
             rt.say(how_to_go_on(step, config, run))
-            raise Stopped(rt.largest(stop.signum)) from None
+            raise Stopped(rt.max_over_ranks(stop.signum)) from None
     run.wait_for_commit()
     rt.say("", *progress.summary(run.elapsed))
 
 
 def raise_if_any_rank_stops(stop: StopRequest, rt: Runtime) -> None:
-    """Raise StopAgreed on every rank once one of them has been signalled."""
-    if rt.largest(stop.signum):
-        raise StopAgreed
+    """Raise AllRanksStop on every rank once one of them has been signalled."""
+    if rt.max_over_ranks(stop.signum):
+        raise AllRanksStop
 
 
 def is_due(event: str, step: int, training: Training) -> bool:
@@ -680,7 +699,11 @@ def is_due(event: str, step: int, training: Training) -> bool:
 
 
 def save(step: int, training: Training) -> None:
-    """Commit the checkpoint of this step, unless it is there already."""
+    """Save the checkpoint of this step, unless it is there already.
+
+    It counts only when it is whole: run_directory.py writes all its files under another name, then
+    a manifest with their hashes, and renames the directory last. A resumed run verifies the hashes.
+    """
     training.run.save(
         step,
         training.model,
@@ -697,7 +720,7 @@ def validate(step: int, training: Training, check_stop: Callable[[], None]) -> f
     bytes_per_token = token_bytes(training.encoding)
     result = evaluate(training.model, training.data.val, config, rt, bytes_per_token, check_stop)
     loss = result["val_loss"]
-    # The best is marked before the result is logged. Whoever is killed in between validates this
+    # The best is marked before the result is logged. A run that is killed in between validates this
     # step again when the run is continued, and finds the same.
     if config.keep_best and step > 0 and loss < run.lowest_validation_loss():
         save(step, training)
@@ -708,11 +731,11 @@ def validate(step: int, training: Training, check_stop: Callable[[], None]) -> f
         f"{result['bits_per_byte']:.4f} bits per byte"
     )
     if rt.is_main:
-        draw_curves_or_warn(run.folder)
+        run.in_background(functools.partial(draw_curves_or_warn, run.folder))
     return loss
 
 
-def score(step: int, training: Training, check_stop: Callable[[], None]) -> None:
+def score_hellaswag(step: int, training: Training, check_stop: Callable[[], None]) -> None:
     """Log the HellaSwag score."""
     result = hellaswag.evaluate(
         training.model,
@@ -761,8 +784,9 @@ def main(args: list[str] | None = None) -> None:
     if config.eval_only:
         evaluate_only(config, rt)
         return
-    rt.say(why, describe_runtime(rt, config))
-    if not config.gpus:
+    rt.say(why)
+    if not config.gpus:  # else another machine is planned than this one
+        rt.say(describe_runtime(rt, config))
         check_batch(config, rt.world_size)
     if config.dry_run:
         rt.say(*dry_run(config, rt))
@@ -771,13 +795,15 @@ def main(args: list[str] | None = None) -> None:
         data = prepare_data(config, rt)
         config = replace(config, tokenizer=data.encoding)  # shards say what they hold
         check_agreement(config, data, rt)
-        checkpoint = rt.on_main(run.resume) if config.resume else None
+        checkpoint = None
+        if config.resume:
+            checkpoint = rt.on_main(run.newest_checkpoint)  # verified by rank 0, for all
         model = build_model(config, data, rt, checkpoint)
         optimizer = make_optimizer(model, config)
         if checkpoint:
             load_checkpoint(checkpoint, model, optimizer, run, data)
         else:
-            saved = replace(config, resume=False, out="")  # what a repetition needs
+            saved = replace(config, resume=False, out="")  # so that --config can repeat the run
             rt.on_main(lambda: run.begin(asdict(saved)))
         if config.wandb and rt.is_main:
             run.also_log = open_wandb(config, run.folder)
@@ -794,7 +820,30 @@ def describe_runtime(rt: Runtime, config: TrainConfig) -> str:
     names = " > ".join(name.removesuffix("_ATTENTION").lower() for name in kernels)
     dtype = str(rt.dtype).removeprefix("torch.")
     ranks = f"{rt.world_size} rank{'s' * (rt.world_size > 1)}"
-    return f"running on     {rt.device.type}, {dtype}, {ranks}, attention kernels {names}"
+    line = f"running on     {rt.device.type}, {dtype}, {ranks}, attention kernels {names}"
+    if rt.device.type == "cuda" and not multiplies_bfloat16(rt.device):
+        line += "\nnote: this GPU has no bfloat16, so it trains in float32, which takes several "
+        line += "times as long as on one that has; --dry-run says how long"
+    return line
+
+
+def note_on_busy_cores(rt: Runtime) -> list[str]:
+    """A line where other work leaves fewer cores than torch has threads.
+
+    A small model is many short matrix products. Each ends when its slowest thread does, and a
+    thread that waits for a core is slow.
+    """
+    threads = torch.get_num_threads()
+    if rt.device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):  # as on Windows
+        return []
+    cores = os.cpu_count() or 1
+    load, _, _ = os.getloadavg()  # processes that wanted a core in the last minute, as a mean
+    if cores - load > threads - 1:
+        return []
+    return [
+        f"note: other work keeps the cores busy ({cores} cores, load {load:.1f}); while it does, a "
+        "small model trains faster with OMP_NUM_THREADS=1 before the command"
+    ]
 
 
 def describe_run(training: Training, checkpoint: Path | None) -> list[str]:
@@ -822,7 +871,7 @@ def describe_run(training: Training, checkpoint: Path | None) -> list[str]:
             f"note: {config.warmup_steps} steps of warm-up in a run of {config.max_steps}: the "
             "learning rate stays below its peak; --warmup-steps lowers it"
         )
-    return lines
+    return lines + note_on_busy_cores(training.rt)
 
 
 def dry_run(config: TrainConfig, rt: Runtime) -> list[str]:
@@ -867,13 +916,18 @@ def what_next(training: Training) -> list[str]:
     if config.recipe == "first-run" and same_path(config.data, FIRST_RUN_FOLDER):
         lines.append(f"  python train_gpt2.py --init-from {folder} --data input.txt")
     lines.append(f"  python hellaswag.py --model {folder}")
+    if config.hellaswag_every and training.hellaswag_items is None:
+        lines.append(
+            "HellaSwag was not scored in this run, since its items could not be had when it began. "
+            "With a network, the last command fetches them."
+        )
     return lines
 
 
 def evaluate_only(config: TrainConfig, rt: Runtime) -> None:
     """Print loss, perplexity and bits per byte of --init-from on --data; keep nothing.
 
-    Token shards are measured on their validation split, text on the whole of it.
+    Of token shards the first --eval-tokens of the validation split are read, of a text all tokens.
     """
     if not config.init_from:
         raise UserError(
@@ -883,6 +937,8 @@ def evaluate_only(config: TrainConfig, rt: Runtime) -> None:
         )
     with tempfile.TemporaryDirectory() as scratch:
         data, split, what = data_to_measure(config, rt, Path(scratch))
+        if split is not data.val:
+            config = replace(config, eval_tokens=len(split))
         model = build_model(config, data, rt, None)
         bytes_per_token = token_bytes(get_encoding(data.encoding))
         result = evaluate(model, split, config, rt, bytes_per_token)
@@ -967,7 +1023,12 @@ def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
 
 
 def prepared_folder(config: TrainConfig, rt: Runtime) -> Path:
-    """The directory of token shards that --data stands for, made if need be."""
+    """The directory of token shards that --data stands for, made if need be.
+
+    Shards are read where they are. Text is tokenised into data/<name>-<hash>, where the hash is of
+    the names and contents of its files. The same text is found there again. Changed text has
+    another hash and is tokenised anew, and what was made before stays, for the runs that read it.
+    """
     if same_path(config.data, FIRST_RUN_FOLDER):
         return fineweb.prepare_first_run(rt.say)
     if same_path(config.data, FINEWEB_EDU_FOLDER) and not Path(config.data).exists():
@@ -1065,7 +1126,7 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
     sequences = config.sequences_per_step
     if sequences % (config.micro_batch * world_size) == 0:
         if config.deterministic:
-            check_tree(sequences // (micro_batch_size(config) * world_size), world_size)
+            check_tree(sequences // (sequences_at_once(config) * world_size), world_size)
         return
     sizes = []
     if sequences % world_size == 0:
@@ -1088,14 +1149,13 @@ def check_agreement(config: TrainConfig, data: TokenData, rt: Runtime) -> None:
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     digests = rt.gather(digest)
     different = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
-    if different and not rt.is_main:
-        raise FailedElsewhere
     if different:
-        raise UserError(
+        error = UserError(
             f"the flags or the data of rank {', '.join(different)} differ from rank 0's",
             expected="the same flags and the same shards on every rank",
             remedy="start all ranks with one command, on the same data",
         )
+        rt.raise_on_all(error)
 
 
 def open_wandb(config: TrainConfig, folder: Path) -> Callable[[str, int, dict], None]:
@@ -1275,8 +1335,10 @@ def config_of_command_line(args: list[str]) -> tuple[TrainConfig, str]:
     """
     source = parse_source_flags(args)
     recipe, why = choose_recipe(source)
+    out = ""
     if source.resume:
         folder = run_to_continue(source, recipe)
+        out = str(folder)
         if run_directory.is_run(folder):
             return config_of_run(folder, source, args), f"continuing {folder}"
         why += f"; there is no run in {folder} yet, so it is started"
@@ -1284,11 +1346,15 @@ def config_of_command_line(args: list[str]) -> tuple[TrainConfig, str]:
     asks_for_help = "-h" in args or "--help" in args
     if source.config:
         defaults = read_train_json(Path(source.config))
+        refuse_foreign_values(Path(source.config), defaults, args)
         recipe = source.recipe or defaults.recipe
         why = f"with the values of {source.config}"
     elif source.init_from and not asks_for_help:  # help must not fetch a model
         defaults = shaped_like(defaults, source.init_from)
-    config = parse_flags(TrainConfig, replace(defaults, recipe=recipe), __doc__, args)
+    if source.eval_only:  # as much as published figures are measured on
+        defaults = replace(defaults, eval_tokens=TrainConfig.eval_tokens)
+    defaults = replace(defaults, recipe=recipe, out=out)
+    config = parse_flags(TrainConfig, defaults, __doc__, args)
     return config, f"recipe {recipe}, {why}"
 
 
@@ -1301,6 +1367,7 @@ def config_of_run(folder: Path, source: argparse.Namespace, args: list[str]) -> 
             remedy="leave out --config, or start a new run",
         )
     saved = replace(read_train_json(folder / "train.json"), out=str(folder), resume=True)
+    refuse_foreign_values(folder / "train.json", saved, args)
     config = parse_flags(TrainConfig, saved, __doc__, args)
     refuse_changes(saved, config)
     return config
@@ -1317,33 +1384,34 @@ def parse_source_flags(args: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="?", default="")
     parser.add_argument("--init-from", "--init_from", nargs="?", default="")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--eval-only", "--eval_only", action="store_true")
     return parser.parse_known_args(args)[0]
 
 
-def choose_recipe(chosen: argparse.Namespace) -> tuple[str, str]:
+def choose_recipe(source: argparse.Namespace) -> tuple[str, str]:
     """The recipe, and why: as asked, or what the other flags and the data that are here suggest."""
-    if chosen.recipe:
-        if chosen.recipe not in RECIPES:
+    if source.recipe:
+        if source.recipe not in RECIPES:
             raise UserError(
-                f"--recipe {chosen.recipe}",
+                f"--recipe {source.recipe}",
                 expected=f"one of {', '.join(RECIPES)}",
                 remedy="choose one of them",
             )
-        return chosen.recipe, "as asked"
-    if chosen.init_from:
+        return source.recipe, "as asked"
+    if source.init_from:
         return "finetune", "because --init-from is given"
-    data = chosen.data or FINEWEB_EDU_FOLDER
+    data = source.data or FINEWEB_EDU_FOLDER
     if same_path(data, FINEWEB_EDU_FOLDER) and Path(FINEWEB_EDU_FOLDER).is_dir():
         return "gpt2", f"because {FINEWEB_EDU_FOLDER}/ is here"
-    if chosen.data:
-        return "first-run", f"on {chosen.data}"
+    if source.data:
+        return "first-run", f"on {source.data}"
     return "first-run", f"because there is no {FINEWEB_EDU_FOLDER}/ here (fineweb.py makes it)"
 
 
-def run_to_continue(chosen: argparse.Namespace, recipe: str) -> Path:
+def run_to_continue(source: argparse.Namespace, recipe: str) -> Path:
     """--out, or without it the newest of runs/<recipe>, runs/<recipe>-2, …"""
-    if chosen.out:
-        return Path(chosen.out)
+    if source.out:
+        return Path(source.out)
     newest = Path("runs", recipe)
     for folder in directories_to_try(replace(RECIPES[recipe], out="")):
         if not run_directory.is_run(folder):
@@ -1364,33 +1432,66 @@ def read_train_json(file: Path) -> TrainConfig:
             expected="the values that this version writes",
             remedy="use the version that wrote it, or start a new run",
         )
-    # Where a run is kept, and whether one is trained at all, is for the command line alone to say.
-    command = {"out": "", "resume": False, "config": "", "eval_only": False, "dry_run": False}
-    return TrainConfig(**(values | command))
+    # Where a run is kept, and whether one is trained at all, only the command line says.
+    never_from_file = {
+        "out": "",
+        "resume": False,
+        "config": "",
+        "eval_only": False,
+        "dry_run": False,
+    }
+    try:
+        return TrainConfig(**(values | never_from_file))
+    except UserError as error:
+        raise UserError(
+            f"{file}: {str(error).partition(';')[0]}",
+            expected="values that make a run",
+            remedy="restore it, or start a new run",
+        ) from None
 
 
 def refuse_foreign_values(file: Path, saved: TrainConfig, args: list[str]) -> None:
     """Refuse to take from somebody else's train.json what reaches outside of the run directory.
 
     Its data would be read, its initial weights fetched, and its log sent away. So these values must
-    be on the command line, unless this user wrote the file (run_directory.is_sealed). Rank 0 looks
-    for all, since other machines may know the user by another home directory.
+    be on the command line, unless this user wrote the file (run_directory.is_sealed), or this very
+    job did before a restart. Rank 0 looks for all: on other machines the user's home may differ.
     """
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if os.environ.get("RANK", "0") != "0" or run_directory.is_sealed(file):
         return
+    if is_restart and run_directory.was_begun_by_this_job(file.parent):
+        return
+    harmless = {"data": is_harmless_data(file.parent, saved)}
+    # The initial weights of a run that has saved its own are not read again.
+    harmless["init_from"] = saved.resume and bool(run_directory.step_directories(file.parent))
     given = {arg.partition("=")[0].replace("_", "-") for arg in args}
     if "--no-wandb" in given:
         given.add("--wandb")
-    # The initial weights of a run that has saved its own are not read again.
-    has_weights = bool(run_directory.step_directories(file.parent)) and saved.resume
     for name in run_directory.REACHING_OUT:
         value = getattr(saved, name)
-        if value and flag(name) not in given and not (name == "init_from" and has_weights):
+        if value and flag(name) not in given and not harmless.get(name):
             raise UserError(
                 f"{file}: names {flag(name)} {str(value)[:200]!r}, and was not written by you here",
                 expected=f"{flag(name)} on the command line",
                 remedy="give the flag, with that value if you trust it, or with another",
             )
+
+
+def is_harmless_data(run: Path, saved: TrainConfig) -> bool:
+    """Whether the data that a run names may be read without asking.
+
+    They are a corpus that this program makes by itself, or shards of the fingerprint that the run's
+    checkpoints hold. Nobody knows that of a corpus that he does not have.
+    """
+    if saved.data in (FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER):
+        return True
+    try:
+        fingerprint = open_data(saved.data).fingerprint
+        states = map(run_directory.read_state, run_directory.step_directories(run))
+        return any(state["data"] == fingerprint for state in states)
+    except (UserError, OSError, ValueError):  # the latter for a path with a zero byte
+        return False
 
 
 def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
@@ -1438,10 +1539,10 @@ def with_resume_after_restart(args: list[str]) -> list[str]:
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts == 0 or "--resume" in args:
         return args
-    chosen = parse_source_flags(args)
-    recipe, _ = choose_recipe(chosen)
-    chosen.resume = True
-    if run_directory.was_begun_by_this_job(run_to_continue(chosen, recipe)):
+    source = parse_source_flags(args)
+    recipe, _ = choose_recipe(source)
+    source.resume = True
+    if run_directory.was_begun_by_this_job(run_to_continue(source, recipe)):
         return [*args, "--resume"]
     return args
 

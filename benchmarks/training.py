@@ -161,7 +161,7 @@ def make_work(setting: Setting, config: GPTConfig, B: int, T: int, steps: int) -
 
 def train_case(name: str, config: GPTConfig, work: Work, contenders: dict[str, tuple]) -> Case:
     setting = work.setting
-    peak = runtime.peak_flops(torch.device(setting.device))
+    peak = runtime.peak_flops(torch.device(setting.device), getattr(torch, setting.dtype))
     flops = flops_per_token(GPTConfig(config.n_layer, config.n_head, config.n_embd, work.T))
 
     def mfu(rows: dict[str, dict]) -> str:

@@ -608,7 +608,7 @@ def test_a_source_without_text_is_refused(tmp_path):
         (tmp_path / name).write_text(content)
     write_parquet(tmp_path / "none.parquet", [])
     for name in ("empty.txt", "empty.jsonl", "blank.jsonl", "none.parquet"):
-        with pytest.raises(UserError, match=f"{name}: .* documents without any text"):
+        with pytest.raises(UserError, match=f"{name}: .* documents? without any text"):
             prepare(
                 PrepareConfig(input=(str(tmp_path / name),), out=str(tmp_path / "o" / name)), quiet
             )

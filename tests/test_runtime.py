@@ -24,6 +24,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
 
     return pretend
 
@@ -57,6 +60,66 @@ def test_a_device_that_is_not_there_is_refused_by_name(machine, name):
     machine()
     with pytest.raises(UserError, match=f"--device {name} is not available; expected one of cpu"):
         choose_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:", "cuda:x", "cuda:-1"])
+def test_a_device_whose_number_is_none_is_refused(machine, name):
+    machine(cuda=True)
+    with pytest.raises(UserError, match=f"--device {name} is not available"):
+        choose_device(name)
+
+
+def test_of_several_ranks_none_takes_mps_which_gloo_lacks(machine, monkeypatch):
+    machine(mps=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_device("auto") == CPU
+
+
+def test_a_gpu_whose_driver_is_too_old_is_not_passed_over_in_silence(machine, monkeypatch):
+    machine(cuda=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(runtime.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
+    with pytest.raises(UserError, match="CUDA does not start; expected a driver for CUDA 13.0"):
+        choose_device("auto")
+    assert choose_device("cpu") == CPU
+
+
+def test_a_gpu_beyond_the_last_is_refused(machine):
+    machine(cuda=True)
+    with pytest.raises(UserError, match="--device cuda:1 is not available; expected a GPU below 1"):
+        runtime.start("cuda:1")
+
+
+def test_a_rank_without_a_gpu_is_refused(machine, monkeypatch):
+    machine(cuda=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="process 1 of this machine has no GPU: there are 1"):
+        runtime.start("cuda")
+
+
+def test_a_gpu_that_torch_has_no_code_for_is_refused(machine):
+    machine(cuda=True, card="Tesla V100-SXM2-16GB", capability=(7, 0))
+    with pytest.raises(UserError, match="Tesla V100-SXM2-16GB has compute capability 7.0"):
+        runtime.start("cuda")
+
+
+@pytest.mark.parametrize(
+    "capability, runs",
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 0), True)],
+)
+def test_binary_code_runs_on_its_major_version_and_intermediate_code_on_later_ones(
+    capability, runs
+):
+    assert runtime.has_kernels_for(*capability, ["sm_80", "sm_90a", "compute_90"]) == runs
+
+
+@pytest.mark.parametrize("dtype, precision", [("float32", "highest"), ("bfloat16", "high")])
+def test_who_asks_for_float32_on_cuda_gets_it(machine, monkeypatch, dtype, precision):
+    machine(cuda=True)
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    runtime.start("cuda", dtype)
+    assert chosen == [precision]
 
 
 # -------------------------------------------------------------------------------------- dtype
@@ -95,22 +158,67 @@ def test_autocast_sets_the_dtype_of_matrix_products():
             assert (weight @ weight).dtype == dtype
 
 
+def test_bfloat16_on_mps_needs_a_torch_whose_attention_is_right(monkeypatch):
+    mps = torch.device("mps")
+    monkeypatch.setattr(torch, "__version__", "2.12.1")
+    with pytest.raises(UserError, match="bfloat16 on MPS with torch 2.12.1"):
+        choose_dtype("bfloat16", mps)
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    assert choose_dtype("bfloat16", mps) == torch.bfloat16
+
+
 # -------------------------------------------------------------------------------------- peaks
 
 
-@pytest.mark.parametrize(
-    "card, flops",
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("Tesla T4", None),
-    ],
-)
-def test_the_peak_is_that_of_the_card_or_unknown(machine, card, flops):
+# Names as torch.cuda.get_device_name gives them.
+PEAKS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "A100-SXM4-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    # Cards that have such a name within theirs, and are slower or faster, or not known.
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+    "NVIDIA A100-SXM4-40GB MIG 3g.20gb": None,
+    "NVIDIA GB200": None,
+    "NVIDIA GH200 480GB": None,
+    "NVIDIA H20": None,
+    "NVIDIA H800": None,
+    "NVIDIA A800-SXM4-80GB": None,
+    "NVIDIA A10": None,
+    "NVIDIA L40": None,
+    "NVIDIA RTX A1000": None,
+    "NVIDIA RTX A1000 6GB Laptop GPU": None,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+    "NVIDIA GeForce RTX 4090 D": None,
+    "NVIDIA GeForce RTX 3090 Ti": None,
+    "NVIDIA RTX 6000 Ada Generation": None,
+    "Tesla V100-SXM2-16GB": None,
+    "Tesla T4": None,
+}
+
+
+@pytest.mark.parametrize("card", PEAKS)
+def test_the_peak_is_that_of_the_card_or_unknown(machine, card):
     machine(cuda=True, card=card)
-    assert peak_flops(CUDA) == flops
+    assert peak_flops(CUDA) == PEAKS[card]
+
+
+def test_no_peak_is_known_for_float32(machine):
+    machine(cuda=True, card="NVIDIA H200")
+    assert peak_flops(CUDA, torch.float32) is None
 
 
 def test_the_peak_of_a_cpu_is_unknown():
@@ -118,6 +226,39 @@ def test_the_peak_of_a_cpu_is_unknown():
 
 
 # ---------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize(
+    "capability, version, first",
+    [
+        ((9, 0), 91501, SDPBackend.CUDNN_ATTENTION),
+        ((10, 0), 91501, SDPBackend.CUDNN_ATTENTION),
+        ((9, 0), 91500, SDPBackend.FLASH_ATTENTION),  # wrong where 128 does not divide T
+        ((9, 0), None, SDPBackend.FLASH_ATTENTION),
+        ((8, 0), 91501, SDPBackend.FLASH_ATTENTION),  # slower there
+        ((12, 0), 91501, SDPBackend.FLASH_ATTENTION),
+    ],
+)
+def test_cudnn_attention_comes_first_where_it_is_right_and_faster(
+    machine, monkeypatch, capability, version, first
+):
+    machine(cuda=True, capability=capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    kernels = Runtime(0, 1, CUDA, torch.bfloat16).attention_kernels(1024)
+    assert kernels[0] == first
+    assert (SDPBackend.CUDNN_ATTENTION in kernels) == (first == SDPBackend.CUDNN_ATTENTION)
+
+
+def test_compiled_code_is_kept_apart_by_its_order_of_kernels(machine, monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    rt = Runtime(0, 1, CUDA, torch.bfloat16)
+    tags = set()
+    for capability in ((8, 0), (9, 0)):
+        machine(cuda=True, capability=capability)
+        rt.compile(torch.nn.Identity(), 1024)
+        tags.add(torch.compiler.config.cache_key_tag)
+    assert len(tags) == 2
 
 
 def test_on_a_cpu_the_unfused_kernel_is_for_short_bfloat16_alone():
@@ -155,7 +296,7 @@ answers = {
     "rank": rt.rank,
     "world_size": rt.world_size,
     "sum": values.tolist(),
-    "largest": rt.largest(rt.rank + 3),
+    "largest": rt.max_over_ranks(rt.rank + 3),
     "broadcast": rt.broadcast({"rank": rt.rank}),
 }
 rt.say("said by rank", str(rt.rank))
@@ -185,5 +326,5 @@ def test_one_process_needs_no_process_group():
     assert not torch.distributed.is_initialized()
     assert rt.is_main
     assert rt.sum(torch.tensor([2.0])).tolist() == [2.0]
-    assert rt.largest(3) == 3
+    assert rt.max_over_ranks(3) == 3
     assert rt.broadcast("x") == "x"

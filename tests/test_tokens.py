@@ -537,7 +537,7 @@ def test_the_last_tenth_may_span_files_and_has_a_greatest_length(tmp_path, monke
         np.full(2, i, dtype="<u2").tofile(tmp_path / f"{i:02d}.ds")
     data = open_data(tmp_path)
     assert data.val.read(0, len(data.val)).tolist() == [18, 18, 19, 19]
-    monkeypatch.setattr(tokens, "MOST_VALIDATION_TOKENS", 3)
+    monkeypatch.setattr(tokens, "MAX_VALIDATION_TOKENS", 3)
     data = open_data(tmp_path)
     assert data.val.read(0, len(data.val)).tolist() == [18, 19, 19]
     assert len(data.train) == 37

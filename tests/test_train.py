@@ -1,12 +1,13 @@
-"""The trainer: schedule, accumulation, evaluation, resume, exactness across ranks, and its command line."""
+"""The trainer in one process: schedule, step, evaluation, the loop, resume, the command line."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import signal
 import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,59 +15,43 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from safetensors.torch import load_file
+from tools import (
+    ROOT,
+    read_log,
+    run_main,
+    run_python,
+    start_script,
+    tiny_config,
+    tiny_model,
+    write_bytes_data,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2LMHeadModel
 
 import run_directory
 import train_gpt2
-from cli import run_script
-from model import GPT, GPTConfig, NextTokenLoss
+from files import locked
+from model import GPT, NextTokenLoss
+from plan import flops_per_token
 from runtime import start
-from tokens import get_encoding, open_data, token_bytes, write_shard
+from tokens import get_encoding, open_data, token_bytes, write_manifest, write_shard
 from train_gpt2 import (
     RECIPES,
+    config_of_command_line,
     evaluate,
-    flops_per_token,
     learning_rate,
     main,
-    make_optimizer,
     step_batch,
     train_step,
 )
 
-TINY = [
-    "--n-layer",
-    "2",
-    "--n-head",
-    "2",
-    "--n-embd",
-    "32",
-    "--seq-len",
-    "32",
-    "--total-batch-tokens",
-    "512",
-    "--micro-batch",
-    "4",
-    "--max-steps",
-    "20",
-    "--warmup-steps",
-    "2",
-    "--eval-every",
-    "10",
-    "--eval-tokens",
-    "1000",
-    "--sample-every",
-    "0",
-    "--save-every",
-    "10",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
-    "--no-compile",
-]
+TINY_FLAGS = """
+    --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 512 --micro-batch 4
+    --max-steps 20 --warmup-steps 2 --eval-every 10 --eval-tokens 1000 --sample-every 0
+    --save-every 10 --dtype float32 --device cpu --no-compile
+"""
+TINY = TINY_FLAGS.split()
 CONFIG = replace(
     RECIPES["first-run"],
     n_layer=2,
@@ -79,23 +64,25 @@ CONFIG = replace(
     warmup_steps=2,
     eval_tokens=1000,
 )
-TIMING = ("tokens_per_second", "mfu", "elapsed", "seconds")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A prepared directory of bytes: the sample text, the last tenth validating."""
-    folder = tmp_path_factory.mktemp("data")
-    tokens = np.frombuffer((ROOT / "input.txt").read_bytes(), dtype=np.uint8).astype(np.uint16)
-    cut = len(tokens) * 9 // 10
-    shards = [
-        write_shard(folder / "text_val_000000.bin", tokens[cut:]),
-        write_shard(folder / "text_train_000001.bin", tokens[:cut]),
-    ]
-    (folder / "manifest.json").write_text(
-        json.dumps({"encoding": "bytes", "vocab_size": 257, "shards": shards})
-    )
+    return write_bytes_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A run of 20 steps with a sample at its end. Tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "r"
+    assert train("--data", data, *TINY, "--sample-every", 20, "--out", folder) == 0
     return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A copy of the finished run, in the test's working directory."""
+    return Path(shutil.copytree(finished, tmp_path / "r"))
 
 
 @pytest.fixture
@@ -104,92 +91,112 @@ def in_tmp(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(*args) -> int:
-    """Exit code of train_gpt2.py with these arguments, in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: main([str(a) for a in args]))
-    return stopped.value.code
-
-
-def log(folder: Path, event: str | None = None) -> list[dict]:
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in e.items() if k not in TIMING}
-        for e in entries
-        if event in (None, e["event"])
-    ]
+def train(*args) -> int:
+    """The exit code of train_gpt2.py with these arguments, run in this process."""
+    return run_main(main, *args)
 
 
 def losses(folder: Path) -> list[float]:
-    return [e["loss"] for e in log(folder, "train")]
+    return [entry["loss"] for entry in read_log(folder, "train")]
 
 
-# ------------------------------------------------------------------------------------------- pure pieces
+def steps_of(folder: Path, event: str) -> list[int]:
+    return [entry["step"] for entry in read_log(folder, event)]
 
 
-def test_schedule_warms_up_linearly_then_follows_a_cosine_to_its_end():
-    config = replace(CONFIG, learning_rate=1e-3, min_lr=1e-4, warmup_steps=10, max_steps=110)
+def saved_steps(folder: Path) -> list[int]:
+    return [run_directory.step_number(path) for path in run_directory.step_directories(folder)]
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    one, other = load_file(a), load_file(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def last_error(capfd) -> str:
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------- pure pieces
+
+
+def test_cosine_schedule_warms_up_linearly_and_ends_at_min_lr():
+    config = replace(
+        CONFIG,
+        schedule="cosine",
+        learning_rate=1e-3,
+        min_lr=1e-4,
+        warmup_steps=10,
+        max_steps=110,
+    )
     assert learning_rate(0, config) == pytest.approx(1e-4)
     assert learning_rate(9, config) == learning_rate(10, config) == pytest.approx(1e-3)
     assert learning_rate(60, config) == pytest.approx(5.5e-4)
     assert learning_rate(110, config) == pytest.approx(1e-4)
 
 
+def test_linear_schedule_falls_in_a_straight_line_to_zero():
+    config = replace(CONFIG, schedule="linear", learning_rate=1e-3, warmup_steps=10, max_steps=110)
+    assert learning_rate(10, config) == pytest.approx(1e-3)
+    assert learning_rate(35, config) == pytest.approx(7.5e-4)
+    assert learning_rate(110, config) == 0
+
+
 def test_gpt2_recipe_is_gpt3_table_2_1():
-    c = RECIPES["gpt2"]
-    assert (c.learning_rate, c.total_batch_tokens, c.warmup_steps, c.max_steps, c.min_lr) == (
-        6e-4,
-        524_288,
-        715,
-        19_073,
-        pytest.approx(6e-5),
-    )
+    config = RECIPES["gpt2"]
+    assert config.learning_rate == 6e-4
+    assert config.total_batch_tokens == 524_288
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        c = RECIPES[name]
-        assert c.max_steps * c.total_batch_tokens == pytest.approx(10e9, rel=1e-3)
-        assert c.warmup_steps * c.total_batch_tokens == pytest.approx(375e6, rel=2e-3)
-        assert c.min_lr == pytest.approx(c.learning_rate / 10)
+        config = RECIPES[name]
+        assert config.max_steps * config.total_batch_tokens == pytest.approx(10e9, rel=1e-3)
+        assert config.warmup_steps * config.total_batch_tokens == pytest.approx(375e6, rel=2e-3)
+        assert config.min_lr == pytest.approx(config.learning_rate / 10)
 
 
-def test_weight_decay_is_on_matrices_only():
-    model = GPT(GPTConfig(2, 2, 32, 32, 257))
-    decayed, free = make_optimizer(model, CONFIG).param_groups
-    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
-    names = {p: n for n, p in model.named_parameters()}
-    assert all(names[p].endswith("weight") and "ln_" not in names[p] for p in decayed["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_shrinks_matrices_and_leaves_vectors_alone(name):
+    """With gradients of zero, decay is all that an update does."""
+    model = tiny_model()
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    config = replace(CONFIG, optimizer=name, weight_decay=0.5, learning_rate=0.1)
+    train_gpt2.make_optimizer(model, config).step()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            assert parameter.max() < 1, parameter_name
+        else:
+            assert (parameter == 1).all(), parameter_name
 
 
 def test_flops_agree_with_torchs_counter():
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = GPT(GPTConfig(2, 2, 32, 64, 257))
+    model = tiny_model(block_size=64)
     idx = torch.randint(0, 257, (1, 64))
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # the counter does not know the fused kernel
+    # The counter does not know the fused kernel.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx).sum().backward()
     assert counter.get_total_flops() == flops_per_token(model.config) * 64
 
 
-def gradients(micro_batch: int) -> torch.Tensor:
+def gradients(micro_batch: int, dropout: float = 0.0) -> torch.Tensor:
+    """The gradient of one step on 16 fixed sequences, as one vector."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(2, 2, 32, 32, 257))
-    config = replace(CONFIG, micro_batch=micro_batch, grad_clip=1e9)
-    optimizer = make_optimizer(model, config)
-    seen = {}
-    optimizer.step = lambda: seen.update(
-        g=torch.cat([p.grad.flatten() for p in model.parameters()])
-    )
-    train_step(
-        NextTokenLoss(model),
-        optimizer,
-        torch.randint(0, 257, (16, 33), generator=torch.Generator().manual_seed(1)),
-        config,
-        start("cpu", "float32"),
-    )
-    return seen["g"]
+    model = tiny_model(dropout=dropout).train()
+    config = replace(CONFIG, micro_batch=micro_batch, grad_clip=1e9, dropout=dropout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batch = torch.randint(0, 257, (16, 33), generator=torch.Generator().manual_seed(1))
+    seen = []
+
+    def keep_gradients() -> None:
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+    optimizer.step = keep_gradients
+    train_step(NextTokenLoss(model), optimizer, batch, config, start("cpu", "float32"))
+    return seen[0]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -198,391 +205,621 @@ def test_accumulated_gradient_is_the_big_batchs(micro_batch):
     assert torch.linalg.norm(gradients(micro_batch) - big) <= 1e-5 * torch.linalg.norm(big)
 
 
+def test_with_dropout_the_micro_batch_changes_nothing():
+    assert torch.equal(gradients(1, dropout=0.1), gradients(8, dropout=0.1))
+
+
+def test_gradients_longer_than_grad_clip_are_scaled_to_it():
+    model = tiny_model()
+    config = replace(CONFIG, grad_clip=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+    batch = torch.randint(0, 257, (16, 33))
+    train_step(NextTokenLoss(model), optimizer, batch, config, start("cpu", "float32"))
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert torch.linalg.norm(moved).item() == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_evaluation_is_the_mean_loss_of_transformers_over_the_split(data, tmp_path):
     """Full windows and the shorter one at the end of the budget, weighted by their tokens."""
-    model = GPT(GPTConfig(2, 2, 32, 32, 257))
+    model = tiny_model()
     model.save_pretrained(tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     val = open_data(data).val
-    ours = evaluate(
-        model,
-        val,
-        replace(CONFIG, eval_tokens=1000),
-        start("cpu", "float32"),
-        token_bytes(get_encoding("bytes")),
-    )
+    bytes_per_token = token_bytes(get_encoding("bytes"))
+    ours = evaluate(model, val, CONFIG, start("cpu", "float32"), bytes_per_token)
     tokens = torch.from_numpy(val.read(0, 1001).astype(np.int64))
-    windows = [tokens[i : i + 33] for i in range(0, 1000, 32)]
-    nats = sum(
-        F.cross_entropy(theirs(w[None, :-1]).logits[0], w[1:], reduction="sum").item()
-        for w in windows
-    )
+    nats = 0.0
+    for first in range(0, 1000, 32):
+        window = tokens[first : first + 33]
+        logits = theirs(window[None, :-1]).logits[0]
+        nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
     assert ours["eval_tokens"] == 1000
     assert ours["val_loss"] == pytest.approx(nats / 1000, abs=1e-5)
-    assert ours["bits_per_byte"] == pytest.approx(
-        nats / 1000 / math.log(2), abs=1e-5
-    )  # one byte a token
+    # A token of this encoding is one byte.
+    assert ours["bits_per_byte"] == pytest.approx(nats / 1000 / math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_ranks_together_read_what_one_process_reads(data, world_size):
-    train = open_data(data).train
+    tokens = open_data(data).train
     for step in (0, 3, 60):
-        alone = step_batch(train, CONFIG, step, 0, 1)
-        together = torch.cat(
-            [step_batch(train, CONFIG, step, rank, world_size) for rank in range(world_size)]
-        )
-        assert torch.equal(alone, together)
+        alone = step_batch(tokens, CONFIG, step, 0, 1)
+        parts = [step_batch(tokens, CONFIG, step, rank, world_size) for rank in range(world_size)]
+        assert torch.equal(alone, torch.cat(parts))
 
 
-# ------------------------------------------------------------------------------------------- whole runs
+# ----------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_logs_evaluates_saves_and_draws(data, in_tmp):
-    assert run("--data", data, *TINY, "--sample-every", 20, "--out", "r") == 0
-    folder = in_tmp / "r"
-    raw = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in log(folder, "train")] == list(range(1, 21))
-    assert [e["step"] for e in log(folder, "eval")] == [0, 10, 20]
-    assert [e["step"] for e in log(folder, "sample")] == [20] and [
-        e["step"] for e in log(folder, "save")
-    ] == [10, 20]
-    keys = {
-        "event",
-        "step",
-        "tokens",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens_per_second",
-        "mfu",
-        "elapsed",
-    }
-    assert all(set(e) == keys for e in raw if e["event"] == "train")
-    assert all(
-        {"val_loss", "bits_per_byte", "eval_tokens"} <= set(e) for e in raw if e["event"] == "eval"
-    )
-    assert log(folder, "eval")[-1]["val_loss"] < log(folder, "eval")[0]["val_loss"]
-    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert {p.name for p in (folder / "step_000020").iterdir()} == {
+def test_each_event_is_logged_at_its_interval(finished):
+    assert steps_of(finished, "train") == list(range(1, 21))
+    assert steps_of(finished, "eval") == [0, 10, 20]
+    assert steps_of(finished, "sample") == [20]
+    assert steps_of(finished, "save") == [10, 20]
+
+
+def test_log_entries_have_these_keys(finished):
+    lines = (finished / "log.jsonl").read_text().splitlines()
+    keys = {}
+    for entry in map(json.loads, lines):
+        keys.setdefault(entry["event"], set(entry))
+    common = {"event", "step", "tokens"}
+    speed = {"tokens_per_second", "mfu", "elapsed"}
+    assert keys["train"] == common | speed | {"loss", "lr", "grad_norm"}
+    assert keys["eval"] == common | {"val_loss", "bits_per_byte", "eval_tokens"}
+
+
+def test_training_lowers_the_validation_loss(finished):
+    first, *_, last = [entry["val_loss"] for entry in read_log(finished, "eval")]
+    assert last < first - 0.5
+
+
+def test_curves_are_drawn_as_png(finished):
+    assert (finished / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_checkpoint_has_these_files(finished):
+    assert {file.name for file in (finished / "step_000020").iterdir()} == {
         "config.json",
         "generation_config.json",
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",
         "manifest.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
     }
 
 
-def test_a_second_bare_run_takes_the_next_directory(data, in_tmp):
-    assert (
-        run("--data", data, *TINY, "--max-steps", 1)
-        == run("--data", data, *TINY, "--max-steps", 1)
-        == 0
-    )
-    assert {p.name for p in (in_tmp / "runs").iterdir()} == {"first-run", "first-run-2"}
+def test_train_json_says_when_and_with_what_the_run_was_started(finished):
+    started = json.loads((finished / "train.json").read_text())["started"]
+    assert started["torch"] == torch.__version__
+    assert started.keys() == {"date", "torch", "git_commit", "job", "seal"}
 
 
-def stop_after(monkeypatch, step: int) -> None:
-    """Send this process SIGTERM in the middle of the given update."""
-    real, done = train_gpt2.train_step, []
+def test_a_second_bare_run_gets_the_next_directory(data, in_tmp):
+    for _ in range(2):
+        assert train("--data", data, *TINY, "--max-steps", 1, "--eval-every", 0) == 0
+    assert {path.name for path in (in_tmp / "runs").iterdir()} == {"first-run", "first-run-2"}
+
+
+def test_out_directory_is_claimed_while_another_run_prepares_its_data(data, in_tmp, monkeypatch):
+    """The other run has no train.json yet, and must not be written into."""
+    with locked(Path("runs/first-run")):
+        assert train("--data", data, *TINY, "--max-steps", 1, "--eval-every", 0) == 0
+    assert not Path("runs/first-run/log.jsonl").exists()
+    assert run_directory.is_run(Path("runs/first-run-2"))
+
+
+def test_the_directory_is_ours_before_the_data_are_prepared(data, in_tmp, monkeypatch):
+    real = train_gpt2.prepare_data
+
+    def prepare_and_look(config, rt):
+        code = (
+            "from pathlib import Path; from cli import run_script; from files import locked\n"
+            "run_script(lambda: locked(Path('r')).__enter__())"
+        )
+        second = run_python("-c", code, cwd=in_tmp, env={"PYTHONPATH": str(ROOT)})
+        assert second.returncode == 2, second.stderr
+        return real(config, rt)
+
+    monkeypatch.setattr(train_gpt2, "prepare_data", prepare_and_look)
+    flags = ("--max-steps", 1, "--eval-every", 0, "--out", "r")
+    assert train("--data", data, *TINY, *flags) == 0
+
+
+# ------------------------------------------------------------------------------ stop and resume
+
+
+def signal_in_update(monkeypatch, number: int) -> None:
+    """Send this process SIGTERM in the middle of its update of that number."""
+    real = train_gpt2.train_step
+    calls = []
 
     def step_with_signal(*args):
-        done.append(1)
-        if len(done) == step:
+        calls.append(1)
+        if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
     monkeypatch.setattr(train_gpt2, "train_step", step_with_signal)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(data, in_tmp, monkeypatch):
-    """With dropout, so that random state counts; losses, log and weights are the same to the last bit."""
+@pytest.fixture(scope="module")
+def stopped_and_resumed(data, tmp_path_factory) -> tuple[Path, Path]:
+    """With dropout: a run, and the same run stopped in its 10th update and resumed."""
+    folder = tmp_path_factory.mktemp("stopped")
     flags = ("--data", data, *TINY, "--dropout", 0.1, "--save-every", 7)
-    assert run(*flags, "--out", "whole") == 0
+    assert train(*flags, "--out", folder / "whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in_update(patch, 10)
+        assert train(*flags, "--out", folder / "halves") == 143
+    assert saved_steps(folder / "halves") == [7, 10]
+    assert train("--out", folder / "halves", "--resume") == 0
+    return folder / "whole", folder / "halves"
+
+
+def test_a_resumed_run_logs_what_an_undisturbed_one_logs(stopped_and_resumed):
+    logs = []
+    for folder in stopped_and_resumed:
+        logs.append([entry for entry in read_log(folder) if entry["event"] != "save"])
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+def test_a_resumed_run_ends_with_the_same_bits(stopped_and_resumed, file):
+    whole, halves = stopped_and_resumed
+    assert same_tensors(whole / "step_000020" / file, halves / "step_000020" / file)
+
+
+def test_a_stop_saves_before_the_validation_of_that_step(data, in_tmp, monkeypatch):
+    """Step 10 would validate. The stop leaves that for the resumed run, which does it once."""
     with monkeypatch.context() as patch:
-        stop_after(patch, 10)
-        assert run(*flags, "--out", "halves") == 143
-    assert (
-        run_directory.steps(in_tmp / "halves")[-1].name == "step_000011"
-    )  # the stop is seen one step on, by all ranks alike
-    assert run("--out", "halves", "--resume") == 0
-    without_saves = lambda folder: [e for e in log(folder) if e["event"] != "save"]
-    assert without_saves(in_tmp / "halves") == without_saves(in_tmp / "whole")
-    whole, halves = (
-        load_file(in_tmp / name / "step_000020/model.safetensors") for name in ("whole", "halves")
-    )
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+        signal_in_update(patch, 10)
+        assert train("--data", data, *TINY, "--save-every", 50, "--out", "r") == 143
+    assert saved_steps(Path("r")) == [10]
+    assert steps_of(Path("r"), "eval") == [0]
+    assert train("--out", "r", "--resume") == 0
+    assert steps_of(Path("r"), "eval") == [0, 10, 20]
 
 
-def test_resume_goes_back_to_the_newest_checkpoint_that_verifies(data, in_tmp, capfd):
-    assert run("--data", data, *TINY, "--out", "r") == 0
-    before = losses(in_tmp / "r")
-    weights = in_tmp / "r/step_000020/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert run("--out", "r", "--resume") == 0
+def test_a_stop_between_evaluation_batches_saves_and_the_resumed_run_validates_once(
+    data, in_tmp, monkeypatch
+):
+    """The signal comes in the second batch of the validation of step 10, of about 62."""
+    real = train_gpt2.evaluation_batches
+    read = []
+
+    def batches_with_signal(tokens, config):
+        batches = real(tokens, config)
+        if not saved_steps(Path("r")) and not Path("r/step_000010").exists():
+            wrapped = []
+            for batch in batches:
+                wrapped.append(lambda batch=batch: note_and_read(batch))
+            return wrapped
+        return batches
+
+    def note_and_read(batch):
+        if losses(Path("r")) and len(losses(Path("r"))) == 10:
+            read.append(1)
+            if len(read) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return batch()
+
+    flags = ("--micro-batch", 1, "--eval-tokens", 2000, "--save-every", 50)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "evaluation_batches", batches_with_signal)
+        assert train("--data", data, *TINY, *flags, "--out", "r") == 143
+    assert len(read) == 2
+    assert saved_steps(Path("r")) == [10]
+    assert train("--out", "r", "--resume") == 0
+    assert steps_of(Path("r"), "eval") == [0, 10, 20]
+
+
+def test_a_stop_with_save_every_0_saves_nothing_and_offers_no_resume(
+    data, in_tmp, monkeypatch, capfd
+):
+    signal_in_update(monkeypatch, 3)
+    assert train("--data", data, *TINY, "--save-every", 0, "--out", "r") == 143
     out = capfd.readouterr().out
-    assert "model.safetensors is damaged" in out and "continuing after step 10" in out
-    assert losses(in_tmp / "r") == before
+    assert saved_steps(Path("r")) == []
+    assert "nothing was saved" in out
+    assert "--resume" not in out
 
 
-def test_the_printed_command_resumes_any_recipe_and_a_complete_run_says_so(data, in_tmp, capfd):
-    assert run("--data", data, *TINY, "--out", "base") == 0
-    assert (
-        run(
-            "--init-from",
-            "base",
-            "--data",
-            data,
-            "--max-steps",
-            8,
-            "--save-every",
-            4,
-            "--sample-every",
-            0,
-            "--out",
-            "tuned",
-        )
-        == 0
-    )
-    shutil.rmtree("tuned/step_000008")
-    assert run("--out", "tuned", "--resume") == 0
-    assert (
-        losses(in_tmp / "tuned") and run_directory.steps(in_tmp / "tuned")[-1].name == "step_000008"
-    )
+def test_a_stop_prints_the_command_that_goes_on(data, in_tmp, monkeypatch, capfd):
+    signal_in_update(monkeypatch, 3)
+    assert train("--data", data, *TINY, "--out", "r") == 143
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last == ("stopped after step 3; to go on: python train_gpt2.py --out r --resume")
+
+
+def test_a_resumed_run_without_a_checkpoint_keeps_its_old_log(data, in_tmp, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_in_update(patch, 3)
+        assert train("--data", data, *TINY, "--save-every", 0, "--out", "r") == 143
+    old_log = Path("r/log.jsonl").read_bytes()
+    assert train("--out", "r", "--resume") == 0
+    assert Path("r/log-1.jsonl").read_bytes() == old_log
+    assert steps_of(Path("r"), "train") == list(range(1, 21))
+
+
+def test_resume_uses_the_newest_checkpoint_that_verifies_and_sets_newer_ones_aside(
+    copy, in_tmp, capfd
+):
+    expected = losses(copy)
+    weights = copy / "step_000020/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert train("--out", "r", "--resume") == 0
+    out = capfd.readouterr().out
+    assert "model.safetensors is damaged" in out
+    assert "continuing after step 10" in out
+    assert losses(copy) == expected
+    assert (copy / "damaged_step_000020/model.safetensors").exists()
+
+
+def test_resuming_a_finished_run_changes_neither_log_nor_checkpoints(copy, in_tmp):
+    log = (copy / "log.jsonl").read_bytes()
+    assert train("--out", "r", "--resume") == 0
+    assert (copy / "log.jsonl").read_bytes() == log
+    assert saved_steps(copy) == [10, 20]
+
+
+def test_resume_finds_equal_data_in_another_place(data, copy, in_tmp):
+    shutil.rmtree("r/step_000020")
+    shutil.copytree(data, "elsewhere")
+    assert train("--out", "r", "--resume", "--data", "elsewhere") == 0
+
+
+def test_resume_refuses_other_data(data, copy, in_tmp, capfd):
+    shutil.rmtree("r/step_000020")
+    shutil.copytree(data, "other")
+    shard = Path("other/text_val_000000.bin")
+    manifest = json.loads(Path("other/manifest.json").read_text())
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    for entry in manifest["shards"]:
+        if entry["name"] == shard.name:
+            entry["sha256"] = hashlib.sha256(content).hexdigest()
+    Path("other/manifest.json").write_text(json.dumps(manifest))
+    assert train("--out", "r", "--resume", "--data", "other") == 2
+    assert "the data are not those" in last_error(capfd)
+
+
+def test_resume_refuses_flags_that_change_what_is_learned_by_name(copy, in_tmp, capfd):
+    assert train("--out", "r", "--resume", "--learning-rate", 1, "--micro-batch", 2) == 2
+    message = last_error(capfd)
+    assert "--learning-rate 1.0" in message
+    assert "micro" not in message
+
+
+def test_resume_refuses_an_edited_train_json(copy, in_tmp, capfd):
+    file = copy / "train.json"
+    file.write_text(file.read_text().replace('"seed": 1337', '"seed": 1338'))
+    assert train("--out", "r", "--resume") == 2
+    assert "train.json: changed" in last_error(capfd)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"recipe": "first-run"',
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+    ],
+)
+def test_a_torn_train_json_is_one_line_that_names_it(copy, in_tmp, capfd, content):
+    (copy / "train.json").write_bytes(content)
+    assert train("--out", "r", "--resume") == 2
+    assert "r/train.json" in last_error(capfd)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("seed", 1337.0),
+        ("learning_rate", None),
+        ("learning_rate", 1),
+        ("data", 5),
+        ("compile", 0),
+        ("no_such_flag", 1),
+    ],
+)
+def test_a_train_json_of_other_types_is_refused(copy, in_tmp, capfd, key, value):
+    values = json.loads((copy / "train.json").read_text())
+    (copy / "train.json").write_text(json.dumps(values | {key: value}))
+    assert train("--out", "r", "--resume") == 2
+    assert key in last_error(capfd)
+
+
+def test_a_train_json_without_a_value_is_refused(copy, in_tmp, capfd):
+    values = json.loads((copy / "train.json").read_text())
+    del values["learning_rate"]
+    (copy / "train.json").write_text(json.dumps(values))
+    assert train("--out", "r", "--resume") == 2
+    assert "learning_rate" in last_error(capfd)
+
+
+# ------------------------------------------------------------------ restarts under torchrun
+
+
+def test_a_restart_by_torchrun_continues_the_run_that_its_job_began(
+    data, in_tmp, monkeypatch, capfd
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    assert train("--data", data, *TINY, "--out", "r") == 0
+    shutil.rmtree("r/step_000020")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     capfd.readouterr()
-    assert run("--out", "tuned", "--resume") == 0
-    assert "tuned is complete, 8 steps" in capfd.readouterr().out
+    assert train("--data", data, *TINY, "--out", "r") == 0
+    assert "continuing after step 10" in capfd.readouterr().out
 
 
-def test_flags_are_judged_together_with_their_recipe(in_tmp):
-    """1,280 tokens are ten sequences of the first run, and no multiple of GPT-2's context."""
-    assert (
-        run("--recipe", "first-run", "--total-batch-tokens", 1280, "--micro-batch", 5, "--dry-run")
-        == 0
-    )
+def test_a_failed_start_that_torchrun_restarts_does_not_report_the_old_runs_success(
+    data, copy, in_tmp, monkeypatch, capfd
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another-job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train("--data", data, *TINY, "--out", "r") == 2
+    assert "r: holds a run" in last_error(capfd)
 
 
-def test_resume_refuses_flags_that_change_what_is_learned_by_name(data, in_tmp, capfd):
-    assert run("--data", data, *TINY, "--max-steps", 2, "--out", "r") == 0
-    assert run("--out", "r", "--resume", "--learning-rate", 1, "--micro-batch", 2) == 2
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert "--learning-rate 1.0" in last and "micro" not in last
+# ------------------------------------------------------------------------- faults of a training
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(data, in_tmp, capfd, monkeypatch):
     real = train_gpt2.train_step
+    calls = []
 
-    def poisoned(loss_fn, *args):
-        if torch.is_tensor(args[1]) and not hasattr(poisoned, "calls"):
-            poisoned.calls = 0
-        poisoned.calls += 1
-        if poisoned.calls == 5:
+    def ruin_the_fifth(loss_fn, *args):
+        calls.append(1)
+        if len(calls) == 5:
             with torch.no_grad():
                 loss_fn.model.transformer.ln_f.weight[0] = torch.nan
         return real(loss_fn, *args)
 
-    monkeypatch.setattr(train_gpt2, "train_step", poisoned)
-    assert run("--data", data, *TINY, "--save-every", 2, "--out", "r") == 2
-    assert "loss nan" in capfd.readouterr().err.splitlines()[-1]
-    assert (
-        len(losses(in_tmp / "r")) == 4
-        and run_directory.steps(in_tmp / "r")[-1].name == "step_000004"
-    )
+    monkeypatch.setattr(train_gpt2, "train_step", ruin_the_fifth)
+    assert train("--data", data, *TINY, "--save-every", 2, "--out", "r") == 2
+    assert "loss nan" in last_error(capfd)
+    assert len(losses(in_tmp / "r")) == 4
+    assert saved_steps(in_tmp / "r") == [2, 4]
+
+
+def test_weights_ruined_right_before_a_save_are_not_saved(data, in_tmp, capfd, monkeypatch):
+    """The update itself makes them NaN; the older checkpoint stays the one to go on from."""
+    real = train_gpt2.train_step
+    calls = []
+
+    def ruin_after_the_fourth(loss_fn, *args):
+        result = real(loss_fn, *args)
+        calls.append(1)
+        if len(calls) == 4:
+            with torch.no_grad():
+                loss_fn.model.transformer.ln_f.weight[0] = torch.nan
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "train_step", ruin_after_the_fourth)
+        assert train("--data", data, *TINY, "--save-every", 2, "--out", "r") == 2
+    assert "NaN" in last_error(capfd)
+    assert saved_steps(Path("r")) == [2]
+    assert train("--out", "r", "--resume") == 0
 
 
 def test_best_checkpoint_is_kept_and_preferred(data, in_tmp, monkeypatch):
-    """Of losses that fall until step 8 and rise after it, the best outlives pruning and is what is loaded."""
-    val_losses = iter([5, 4, 3, 2, 1, 2, 3, 4, 5, 6, 7])  # before step 0, after 2, 4, …, 20
-    monkeypatch.setattr(
-        train_gpt2, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(val_losses)}
-    )
-    assert (
-        run(
-            "--data",
-            data,
-            *TINY,
-            "--keep-best",
-            "--keep",
-            1,
-            "--eval-every",
-            2,
-            "--save-every",
-            2,
-            "--out",
-            "r",
-        )
-        == 0
-    )
-    assert {p.name for p in run_directory.steps(in_tmp / "r")} == {"step_000008", "step_000020"}
+    """Of losses that fall until step 8 and rise after it, the best outlives pruning."""
+    val_losses = iter([5.0, 4.0, 3.0, 2.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    real = train_gpt2.evaluate
+
+    def evaluate_by_list(*args):
+        return real(*args) | {"val_loss": next(val_losses)}
+
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate_by_list)
+    flags = ("--keep-best", "--keep", 1, "--eval-every", 2, "--save-every", 2, "--out", "r")
+    assert train("--data", data, *TINY, *flags) == 0
+    assert saved_steps(Path("r")) == [8, 20]
     assert run_directory.load_model("r")[2].endswith("step_000008")
 
 
-def test_eval_only_measures_and_writes_nothing(data, in_tmp, capfd):
-    assert run("--data", data, *TINY, "--max-steps", 2, "--out", "r") == 0
-    wanted = log(in_tmp / "r", "eval")[-1]["val_loss"]
-    capfd.readouterr()
-    assert (
-        run(
-            "--eval-only",
-            "--init-from",
-            "r",
-            "--data",
-            data,
-            "--eval-tokens",
-            1000,
-            "--dtype",
-            "float32",
-            "--device",
-            "cpu",
-        )
-        == 0
-    )
+def test_a_validation_of_nan_is_never_the_best(data, in_tmp, monkeypatch):
+    val_losses = iter([5.0, 4.0, math.nan])
+    real = train_gpt2.evaluate
+
+    def evaluate_by_list(*args):
+        return real(*args) | {"val_loss": next(val_losses)}
+
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate_by_list)
+    assert train("--data", data, *TINY, "--keep-best", "--out", "r") == 0
+    assert run_directory.best_step(Path("r")).name == "step_000010"
+
+
+def test_curves_that_cannot_be_drawn_are_a_warning(data, in_tmp, monkeypatch, capfd):
+    def fail(*args):
+        raise RuntimeError("latex could not be found")
+
+    monkeypatch.setattr(train_gpt2, "draw_curves", fail)
+    assert train("--data", data, *TINY, "--out", "r") == 0
     out = capfd.readouterr().out
-    assert (
-        f"validation loss {wanted:.4f}" in out and f"perplexity      {math.exp(wanted):.2f}" in out
+    assert "warning: no curves are drawn (RuntimeError: latex could not be found)" in out
+
+
+# ------------------------------------------------------------------------------------ eval-only
+
+
+def evaluate_only(*args) -> int:
+    return train("--eval-only", *args, "--dtype", "float32", "--device", "cpu")
+
+
+def test_eval_only_measures_the_validation_split_of_shards(data, finished, in_tmp, capfd):
+    assert evaluate_only("--init-from", finished, "--data", data, "--eval-tokens", 1000) == 0
+    out = capfd.readouterr().out
+    expected = read_log(finished, "eval")[-1]["val_loss"]
+    assert f"validation loss {expected:.4f}" in out
+    assert f"perplexity      {math.exp(expected):.2f}" in out
+
+
+def test_eval_only_writes_nothing(data, finished, in_tmp):
+    assert evaluate_only("--init-from", finished, "--data", data, "--eval-tokens", 1000) == 0
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_eval_only_measures_the_whole_of_a_text(finished, in_tmp, capfd):
+    text = (ROOT / "input.txt").read_bytes()[:5000]
+    Path("novel.txt").write_bytes(text)
+    assert evaluate_only("--init-from", finished, "--data", "novel.txt") == 0
+    # One token a byte, and the token that ends the document.
+    assert "measured on     5,000 of the 5,001 tokens of novel.txt" in capfd.readouterr().out
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def test_config_reads_all_values_of_a_saved_run(finished):
+    config, _ = config_of_command_line(
+        ["--config", str(finished / "train.json"), "--max-steps", "7"]
     )
-    assert {p.name for p in in_tmp.iterdir()} == {"r"}
+    saved = train_gpt2.read_train_json(finished / "train.json")
+    assert config == replace(saved, config=str(finished / "train.json"), max_steps=7)
+
+
+def test_config_keeps_the_recipe_of_the_saved_run(finished, in_tmp):
+    values = json.loads((finished / "train.json").read_text()) | {"recipe": "finetune"}
+    Path("saved.json").write_text(json.dumps(values))
+    assert config_of_command_line(["--config", "saved.json"])[0].recipe == "finetune"
+
+
+@pytest.mark.parametrize("spelling", ["edu_fineweb10B", "edu_fineweb10B/", "./edu_fineweb10B"])
+def test_recipe_is_gpt2_however_the_corpus_is_spelled(in_tmp, spelling):
+    Path("edu_fineweb10B").mkdir()
+    assert config_of_command_line(["--data", spelling])[0].recipe == "gpt2"
+    assert config_of_command_line(["--data", str(in_tmp / spelling)])[0].recipe == "gpt2"
+
+
+def test_recipe_is_gpt2_where_the_corpus_is_here(in_tmp):
+    assert config_of_command_line([])[0].recipe == "first-run"
+    Path("edu_fineweb10B").mkdir()
+    assert config_of_command_line([])[0].recipe == "gpt2"
+
+
+def test_flags_are_judged_together_with_their_recipe(in_tmp):
+    """1,280 tokens are ten sequences of the first run, and no multiple of GPT-2's context."""
+    flags = ("--total-batch-tokens", 1280, "--micro-batch", 5)
+    assert train("--recipe", "first-run", *flags, "--dry-run") == 0
+
+
+@pytest.fixture(scope="module")
+def broken_data(data, tmp_path_factory) -> Path:
+    """Corpora with a training shard cut short, without an end, and with too little text."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "short").mkdir()
+    shards = []
+    for name in ("text_val_000000.bin", "text_train_000001.bin"):
+        shards.append(write_shard(folder / "short" / name, np.zeros(20, dtype=np.uint16)))
+    manifest = {"encoding": "bytes", "vocab_size": 257, "shards": shards}
+    write_manifest(folder / "short", manifest)
+    for name in ("truncated", "unfinished"):
+        shutil.copytree(data, folder / name)
+    shard = folder / "truncated/text_train_000001.bin"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    (folder / "unfinished/manifest.partial.json").write_text("{}")
+    return folder
 
 
 @pytest.mark.parametrize(
     "flags, culprit",
     [
-        (["--no-such-flag"], "--no-such-flag"),
         (["--data", "missing"], "missing"),
+        (["--data", ""], "--data is missing"),
         (["--micro-batch", "5"], "--micro-batch one of 1, 2, 4, 8, 16"),
         (["--total-batch-tokens", "500"], "--total-batch-tokens 500"),
         (["--recipe", "gpt5"], "gpt5"),
-        (["--out", "taken"], "taken"),
         (["--device", "tpu"], "--device tpu"),
         (["--learning-rate", "nan"], "--learning-rate nan"),
+        (["--grad-clip", "inf"], "--grad-clip inf"),
+        (["--dropout", "1"], "--dropout 1"),
+        (["--seed", "-1"], "--seed -1"),
         (["--data", "truncated"], "text_train_000001.bin"),
         (["--data", "unfinished"], "manifest.partial.json"),
+        (["--data", "short"], "short: 20 training tokens"),
+        (["--deterministic", "--micro-batch", "16", "--total-batch-tokens", "1536"], "power of"),
+        (["--config", "missing.json"], "missing.json"),
+        (["--init-from", "runs/missing"], "runs/missing"),
     ],
 )
-def test_bad_input_exits_2_and_names_the_culprit(data, in_tmp, capfd, flags, culprit):
-    for name in ("truncated", "unfinished"):
-        (in_tmp / name).mkdir()
-        for file in data.iterdir():
-            (in_tmp / name / file.name).write_bytes(
-                file.read_bytes()[:5000] if "train" in file.name else file.read_bytes()
-            )
-    (in_tmp / "unfinished/manifest.partial.json").write_text("{}")
-    (in_tmp / "taken").mkdir()
-    (in_tmp / "taken/train.json").write_text("{}")
-    assert run("--data", data, *TINY, *flags) == 2
-    captured = capfd.readouterr()
-    assert "Traceback" not in captured.err
-    place = (
-        captured.err if flags == ["--no-such-flag"] else captured.err.splitlines()[-1]
-    )  # the box of the flag parser
-    assert culprit in place
+def test_bad_input_exits_2_and_its_one_line_names_the_culprit(
+    data, broken_data, in_tmp, capfd, flags, culprit
+):
+    for path in broken_data.iterdir():
+        Path(path.name).symlink_to(path)
+    assert train("--data", data, *TINY, *flags) == 2
+    assert culprit in last_error(capfd)
 
 
-# ------------------------------------------------------------------------------------------- several processes
+def test_an_unknown_flag_exits_2(data, in_tmp, capfd):
+    assert train("--data", data, *TINY, "--no-such-flag") == 2
+    assert "--no-such-flag" in capfd.readouterr().err
 
 
-def test_two_ranks_learn_what_one_process_learns(data, in_tmp):
-    assert run("--data", data, *TINY, "--out", "one") == 0
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        ROOT / "train_gpt2.py",
-        "--data",
-        data,
-        *TINY,
-        "--out",
-        "two",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert np.allclose(losses(in_tmp / "one"), losses(in_tmp / "two"), atol=1e-4, rtol=0)
-    one, two = ([e["val_loss"] for e in log(in_tmp / name, "eval")] for name in ("one", "two"))
-    assert np.allclose(one, two, atol=1e-4, rtol=0)
-    assert done.stdout.count("recipe first-run") == 1  # rank 1 is silent
+def test_an_out_directory_with_a_run_is_refused(data, copy, in_tmp, capfd):
+    assert train("--data", data, *TINY, "--out", "r") == 2
+    assert "r: holds a run" in last_error(capfd)
 
 
-def test_ctrl_c_saves_and_the_resumed_run_starts_there(data, in_tmp):
-    """The real thing, in a process of its own: SIGINT after about ten steps, exit code 130, no traceback."""
-    command = [
-        sys.executable,
-        str(ROOT / "train_gpt2.py"),
-        "--data",
-        str(data),
-        *TINY,
-        "--max-steps",
-        "100000",
-        "--save-every",
-        "50000",
-        "--eval-every",
-        "0",
-        "--out",
-        "r",
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and not (
-            (in_tmp / "r/log.jsonl").exists() and len(losses_so_far(in_tmp / "r")) >= 10
-        ):
-            pass
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
-    stopped_at = int(run_directory.steps(in_tmp / "r")[-1].name[5:])
-    assert 10 <= stopped_at == len(losses(in_tmp / "r"))
+def test_checkpoints_without_a_train_json_are_not_mixed_with_a_new_run(data, copy, in_tmp, capfd):
+    """Pruning would count them, and they would be resumed from."""
+    (copy / "train.json").unlink()
+    assert train("--data", data, *TINY, "--out", "r") == 2
+    assert "r: holds" in last_error(capfd)
 
 
-def losses_so_far(folder: Path) -> list[str]:
-    return [line for line in (folder / "log.jsonl").read_text().splitlines() if '"train"' in line]
+def test_dropout_counts_in_the_tree_of_a_deterministic_run(data, in_tmp, capfd):
+    """Each sequence is a leaf then: 12 of them, whatever the micro-batch."""
+    flags = ("--deterministic", "--dropout", 0.1, "--total-batch-tokens", 384, "--micro-batch", 3)
+    assert train("--data", data, *TINY, *flags) == 2
+    assert "12 micro-batches" in last_error(capfd)
+
+
+# --------------------------------------------------------------------- in processes of their own
+
+
+def test_ctrl_c_saves_exits_130_and_prints_no_traceback(data, in_tmp):
+    flags = ("--max-steps", 100_000, "--save-every", 50_000, "--eval-every", 0, "--out", "r")
+    process = start_script(
+        "train_gpt2.py", "--data", data, *TINY, *flags, stderr=subprocess.PIPE, text=True
+    )
+    log = Path("r/log.jsonl")
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 10):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert saved_steps(Path("r")) == [len(losses(Path("r")))]
 
 
 def test_compiled_training_learns_the_same(data, in_tmp):
-    assert run("--data", data, *TINY, "--max-steps", 5, "--eval-every", 5, "--out", "eager") == 0
-    assert (
-        run(
-            "--data",
-            data,
-            *TINY,
-            "--max-steps",
-            5,
-            "--eval-every",
-            5,
-            "--compile",
-            "--out",
-            "compiled",
-        )
-        == 0
-    )
-    assert np.allclose(losses(in_tmp / "eager"), losses(in_tmp / "compiled"), atol=1e-4, rtol=0)
-    names = load_file(in_tmp / "compiled/step_000005/model.safetensors").keys()
-    assert (
-        names == dict(GPT(GPTConfig(2, 2, 32, 32, 257)).named_parameters()).keys()
-    )  # no prefix of the wrapper's
+    flags = ("--max-steps", 5, "--eval-every", 5)
+    assert train("--data", data, *TINY, *flags, "--out", "eager") == 0
+    assert train("--data", data, *TINY, *flags, "--compile", "--out", "compiled") == 0
+    assert np.allclose(losses(Path("eager")), losses(Path("compiled")), atol=1e-4, rtol=0)
+    names = load_file("compiled/step_000005/model.safetensors").keys()
+    assert names == dict(GPT(tiny_config()).named_parameters()).keys()  # without a prefix
 
 
 def test_wandb_works_offline_and_a_resumed_run_stays_the_same_run(data, in_tmp):
-    command = [
-        sys.executable,
-        str(ROOT / "train_gpt2.py"),
-        "--data",
-        str(data),
-        *TINY,
-        "--wandb",
-        "--out",
-        "r",
-    ]
-    offline = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    subprocess.run(command, check=True, env=offline, stdout=subprocess.DEVNULL)
+    pytest.importorskip("wandb")
+    flags = ("--data", data, *TINY, "--eval-every", 0, "--wandb", "--out", "r")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    assert run_python("train_gpt2.py", *flags, env=offline).returncode == 0
     shutil.rmtree("r/step_000020")
-    subprocess.run([*command, "--resume"], check=True, env=offline, stdout=subprocess.DEVNULL)
+    assert run_python("train_gpt2.py", *flags, "--resume", env=offline).returncode == 0
     parts = sorted(Path("r/wandb").glob("offline-run-*/run-*.wandb"))
-    assert (
-        len(parts) == 2 and len({part.name for part in parts}) == 1
-    )  # the file is named after the run's id
-    for part, steps in zip(parts, (20, 10)):
+    assert len(parts) == 2
+    assert len({part.name for part in parts}) == 1  # named after the id of the run
+    for part, steps in zip(parts, (20, 10), strict=True):
         assert part.read_bytes().count(b"train/loss") >= steps

@@ -1,0 +1,282 @@
+"""What a training process meets from outside: signals, full disks, lost readers, little memory."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chaos import differences, final_state, run_ranks, start_ranks
+from tools import read_log, start_script, write_bytes_data
+
+import run_directory
+import train_gpt2
+
+FLAGS = """
+    --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 256 --micro-batch 4
+    --max-steps 8 --warmup-steps 2 --eval-every 4 --eval-tokens 500 --sample-every 0
+    --save-every 4 --keep 10 --dtype float32 --device cpu --no-compile
+"""
+TINY = FLAGS.split()
+FOREVER = ["--max-steps", 1_000_000, "--save-every", 500_000, "--eval-every", 0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_bytes_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run_ranks(1, ["--data", data, *TINY, "--out", folder / "run"], folder / "output")
+    return folder / "run"
+
+
+def wait_until(condition, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps_logged(run: Path) -> int:
+    log = run / "log.jsonl"
+    return log.read_text().count('"train"') if log.exists() else 0
+
+
+def valid_steps(run: Path) -> list[str]:
+    folders = run_directory.step_directories(run)
+    return [folder.name for folder in folders if run_directory.fault_of(folder) is None]
+
+
+def one_error_line(ranks) -> str:
+    """The last line of what a run has printed, which is its only error."""
+    lines = ranks.output().splitlines()
+    assert [line for line in lines if line.startswith(("error:", "Traceback"))] == lines[-1:]
+    return lines[-1]
+
+
+# --------------------------------------------------------------------------------------- signals
+
+
+def sleep_in_the_third_update() -> None:
+    real = train_gpt2.train_step
+    calls = []
+
+    def step(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            time.sleep(600)
+        return real(*args)
+
+    train_gpt2.train_step = step
+
+
+def test_a_second_ctrl_c_stops_at_once(data, tmp_path):
+    """The update in hand would take ten minutes; nothing is saved."""
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--out", run]
+    with start_ranks(1, args, tmp_path / "output", prepare=sleep_in_the_third_update) as ranks:
+        wait_until(lambda: steps_logged(run) == 2)
+        time.sleep(0.2)
+        pid = ranks.processes[0].pid
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert ranks.running()
+        os.kill(pid, signal.SIGINT)
+        assert ranks.wait(30) == [130]
+    assert valid_steps(run) == []
+    assert "Traceback" not in ranks.output()
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_a_closed_terminal_or_slurms_warning_saves_and_stops(data, tmp_path, name):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, *FOREVER, "--out", run]
+    with start_ranks(1, args, tmp_path / "output") as ranks:
+        wait_until(lambda: steps_logged(run) >= 2)
+        signum = getattr(signal, name)
+        os.kill(ranks.processes[0].pid, signum)
+        assert ranks.wait(30) == [128 + signum]
+    assert valid_steps(run) == [f"step_{steps_logged(run):06d}"]
+
+
+def hold_up_the_commit() -> None:
+    """The save of step 4 takes a second longer, in which a signal can come."""
+    real = run_directory.write_checkpoint_files
+
+    def write_slowly(folder, *args):
+        real(folder, *args)
+        if "step_000004" in folder.name:
+            time.sleep(1)
+
+    run_directory.write_checkpoint_files = write_slowly
+
+
+def test_a_signal_during_a_background_save_lets_it_commit(data, tmp_path):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, *FOREVER, "--save-every", 4, "--out", run]
+    with start_ranks(1, args, tmp_path / "output", prepare=hold_up_the_commit) as ranks:
+        wait_until(lambda: (run / ".step_000004.tmp/manifest.json").exists())
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        assert ranks.wait(30) == [143]
+    assert valid_steps(run)[0] == "step_000004"
+    assert valid_steps(run)[-1] == f"step_{steps_logged(run):06d}"
+
+
+def die_in_the_last_save() -> None:
+    real = run_directory.write_file
+
+    def write_or_die(file, *parts):
+        if ".step_000008.tmp" in str(file) and file.name == "manifest.json":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(file, *parts)
+
+    run_directory.write_file = write_or_die
+
+
+def test_kill_9_during_a_background_save_loses_nothing_that_a_resume_does_not_make_good(
+    data, finished, tmp_path
+):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--out", run]
+    with start_ranks(1, args, tmp_path / "output", prepare=die_in_the_last_save) as ranks:
+        assert ranks.wait() == [-signal.SIGKILL]
+    assert (run / ".step_000008.tmp").is_dir()
+    assert valid_steps(run) == ["step_000004"]
+    run_ranks(1, ["--out", run, "--resume"], tmp_path / "output")
+    assert differences(final_state(finished), final_state(run)) == []
+
+
+# -------------------------------------------------------------------------------- disk and memory
+
+
+def allow_only_small_files() -> None:
+    """Writing past 60 kB fails with EFBIG, as ENOSPC does on a full disk. The weights have 140."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_is_one_line_that_names_the_file(
+    finished, tmp_path
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "step_000008")
+    args = ["--out", run, "--resume"]
+    with start_ranks(1, args, tmp_path / "output", prepare=allow_only_small_files) as ranks:
+        assert ranks.wait() == [2]
+    assert f"{run}/.step_000008.tmp/model.safetensors" in one_error_line(ranks)
+    assert valid_steps(run) == ["step_000004"]
+
+
+def fill_the_disk_for_the_log() -> None:
+    real = os.fsync
+
+    def fail_for_files_that_grow(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("log.jsonl"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    os.fsync = fail_for_files_that_grow
+
+
+def test_a_log_that_cannot_be_written_is_one_line_that_names_it(data, tmp_path):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--out", run]
+    with start_ranks(1, args, tmp_path / "output", prepare=fill_the_disk_for_the_log) as ranks:
+        assert ranks.wait() == [2]
+    assert f"{run / 'log.jsonl'}: No space left on device" in one_error_line(ranks)
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_any_work(data, tmp_path):
+    if os.geteuid() == 0:  # modes do not bind root, but nobody can make a directory in /proc/sys
+        parent = Path("/proc/sys")
+    else:
+        parent = tmp_path / "read-only"
+        parent.mkdir(mode=0o500)
+    args = ["--data", data, *TINY, "--out", parent / "run"]
+    with start_ranks(1, args, tmp_path / "output") as ranks:
+        assert ranks.wait() == [2]
+    assert str(parent / "run") in one_error_line(ranks)
+    assert "validation loss" not in ranks.output()
+
+
+def leave_little_memory() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+
+
+def test_too_little_memory_is_one_line_that_names_the_flag_to_lower(data, tmp_path):
+    size = ["--total-batch-tokens", 2**19, "--micro-batch", 2**14, "--eval-every", 0]
+    args = ["--data", data, *TINY, *size, "--out", tmp_path / "run"]
+    with start_ranks(1, args, tmp_path / "output", prepare=leave_little_memory) as ranks:
+        assert ranks.wait() == [2]
+    assert "--micro-batch" in one_error_line(ranks)
+
+
+# ---------------------------------------------------------------------------------- other processes
+
+
+def test_a_reader_of_stdout_that_goes_away_does_not_end_the_run(data, tmp_path):
+    """As in `python train_gpt2.py | head -1`."""
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--out", run]
+    process = start_script(
+        "train_gpt2.py", *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(120) == 0, err
+    assert "Traceback" not in err
+    assert valid_steps(run) == ["step_000004", "step_000008"]
+
+
+def close_stdout_and_stderr() -> None:
+    """What Python makes of `>&- 2>&-`."""
+    sys.stdout = sys.stderr = None
+
+
+def test_closed_stdout_and_stderr_do_not_end_the_run(data, tmp_path):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--out", run]
+    run_ranks(1, args, tmp_path / "output", prepare=close_stdout_and_stderr)
+    assert valid_steps(run) == ["step_000004", "step_000008"]
+
+
+def test_a_second_run_in_the_directory_is_refused_with_the_process_that_holds_it(data, tmp_path):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, *FOREVER, "--out", run]
+    with start_ranks(1, args, tmp_path / "first") as first:
+        wait_until(lambda: steps_logged(run) >= 1)
+        with start_ranks(1, [*args, "--resume"], tmp_path / "second") as second:
+            assert second.wait(60) == [2]
+        assert first.running()
+        assert f"in use by process {first.processes[0].pid}" in one_error_line(second)
+
+
+def test_a_run_whose_process_was_killed_can_be_resumed_at_once(data, tmp_path):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--out", run]
+    with start_ranks(1, [*args, *FOREVER], tmp_path / "first") as first:
+        wait_until(lambda: steps_logged(run) >= 1)
+        first.kill()
+    with start_ranks(1, ["--out", run, "--resume", *FOREVER], tmp_path / "second") as second:
+        wait_until(lambda: len(read_log(run, "train")) >= 1)
+        assert second.running()
+
+
+def use_a_matplotlib_backend_that_is_not_there() -> None:
+    os.environ["MPLBACKEND"] = "module://no_such_module"
+
+
+def test_a_matplotlib_backend_of_a_notebook_does_not_end_the_run(data, tmp_path):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--out", run]
+    run_ranks(1, args, tmp_path / "output", prepare=use_a_matplotlib_backend_that_is_not_there)
+    assert valid_steps(run) == ["step_000004", "step_000008"]

@@ -1,0 +1,584 @@
+"""Run directories: commit, verification, pruning, the log, and what `--model` picks."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tools import tiny_model
+
+import files
+import model as model_module
+import run_directory
+from cli import UserError, exit_code_and_message
+from model import GPT, NextTokenLoss
+from optimizer import load_optimizer_tensors, optimizer_tensors
+from run_directory import RunDirectory, fault_of, newest_valid
+from tokens import get_encoding
+from train_gpt2 import RECIPES, make_optimizer
+
+BYTES = get_encoding("bytes")
+
+
+def trained(optimizer: str = "adamw"):
+    """A tiny model after two updates, and its optimizer."""
+    config = RECIPES["gpt2"]
+    model = tiny_model()
+    optimizer = make_optimizer(model, config)
+    for _ in range(2):
+        windows = torch.randint(0, 257, (2, 33))
+        NextTokenLoss(model)(windows[:, :-1], windows[:, 1:]).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    return trained()
+
+
+def save(folder: Path, step: int, pair, keep: int = 10) -> Path:
+    """Commit a checkpoint as a run does, in the calling thread's sight."""
+    model, optimizer = pair
+    run = RunDirectory(folder, tokens_per_step=512, writes=True, say=lambda *lines: None)
+    with run:
+        run.save(
+            step,
+            model,
+            lambda: optimizer_tensors(model, optimizer),
+            encoding=BYTES,
+            data_fingerprint="data",
+            keep=keep,
+        )
+        run.wait_for_commit()
+    return folder / f"step_{step:06d}"
+
+
+def resume(folder: Path, warn=lambda *lines: None) -> Path | None:
+    run = RunDirectory(folder, tokens_per_step=512, writes=True, say=warn)
+    with run:
+        run.claim(may_hold_run=True)
+        return run.newest_checkpoint()
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in run_directory.step_directories(folder)]
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "train.json").write_text("{}")
+    return folder
+
+
+# ---------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_and_optimizer_state_come_back_to_the_last_bit(run, name):
+    model = tiny_model()
+    config = RECIPES["first-run" if name == "muon" else "gpt2"]
+    optimizer = make_optimizer(model, config)
+    windows = torch.randint(0, 257, (2, 33))
+    NextTokenLoss(model)(windows[:, :-1], windows[:, 1:]).backward()
+    optimizer.step()
+    folder = save(run, 1, (model, optimizer))
+    again = GPT.from_pretrained(folder)
+    fresh = make_optimizer(again, config)
+    tensors = run_directory.read_optimizer_tensors(folder)
+    load_optimizer_tensors(again, fresh, tensors, 1)
+    for parameter, loaded in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(parameter, loaded)
+    expected = optimizer_tensors(model, optimizer)
+    found = optimizer_tensors(again, fresh)
+    assert expected.keys() == found.keys()
+    for key in expected:
+        assert torch.equal(expected[key], found[key]), key
+
+
+def test_updates_during_a_background_save_do_not_reach_the_checkpoint(run):
+    """The writer is held up until the weights and the moments have changed."""
+    model, optimizer = trained()
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {key: t.clone() for key, t in optimizer_tensors(model, optimizer).items()}
+    real = run_directory.commit_checkpoint
+    may_write = threading.Event()
+
+    def commit_later(*args):
+        assert may_write.wait(60)
+        return real(*args)
+
+    with (
+        mock.patch.object(run_directory, "commit_checkpoint", commit_later),
+        RunDirectory(run, 512, writes=True, say=print) as directory,
+    ):
+        directory.save(1, model, lambda: optimizer_tensors(model, optimizer), BYTES, "data", keep=2)
+        windows = torch.randint(0, 257, (2, 33))
+        NextTokenLoss(model)(windows[:, :-1], windows[:, 1:]).backward()
+        optimizer.step()
+        may_write.set()
+        directory.wait_for_commit()
+    saved = dict(GPT.from_pretrained(run / "step_000001").named_parameters())
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    tensors = load_file(run / "step_000001/optimizer.safetensors")
+    assert all(torch.equal(tensors[key], moments[key]) for key in moments)
+
+
+def test_state_json_holds_the_hash_of_train_json(run, pair):
+    state = json.loads((save(run, 1, pair) / "state.json").read_text())
+    assert state["train_json"] == files.file_sha256(run / "train.json")
+
+
+def test_files_follow_the_umask(run, pair):
+    umask = os.umask(0o027)
+    try:
+        folder = save(run, 1, pair)
+    finally:
+        os.umask(umask)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+
+
+# ------------------------------------------------------------------- faults at each call of a save
+
+
+# The functions with which a save changes the disk.
+CALLS = (
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "replace"),
+    (os, "mkdir"),
+    (os, "chmod"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (model_module, "save_file"),
+    (run_directory, "save_file"),
+    (run_directory, "open"),
+    (files, "open"),
+)
+
+
+@contextlib.contextmanager
+def at_call(number: int, fault, after: bool = False):
+    """Call `fault(name, args)` instead of call `number` of CALLS, or right after it.
+
+    Yields a list of the names of the calls made.
+    """
+    made = []
+
+    def wrap(name: str, function):
+        def wrapped(*args, **kwargs):
+            if name == "open" and isinstance(args[0], int):  # an open file gets a Python object
+                return function(*args, **kwargs)
+            made.append(name)
+            is_the_one = len(made) == number
+            if is_the_one and not after:
+                fault(name, args)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if is_the_one and after:
+                    fault(name, args)
+
+        return wrapped
+
+    with contextlib.ExitStack() as stack:
+        for module, name in CALLS:
+            wrapped = wrap(name, getattr(module, name, open))
+            stack.enter_context(mock.patch.object(module, name, wrapped, create=True))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def run_at_step_1(pair, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("template") / "run"
+    folder.mkdir()
+    (folder / "train.json").write_text("{}")
+    save(folder, 1, pair)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calls_of_a_save(run_at_step_1, pair, tmp_path_factory) -> list[str]:
+    folder = shutil.copytree(run_at_step_1, tmp_path_factory.mktemp("counted") / "run")
+    with at_call(0, None) as made:
+        save(folder, 2, pair, keep=1)
+    return made
+
+
+def assert_old_or_new_is_valid(folder: Path) -> None:
+    valid = resume(folder)
+    assert valid is not None
+    assert valid.name in ("step_000001", "step_000002")
+    assert not list(folder.glob(".step_*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+def test_a_save_that_fails_at_any_call_leaves_the_old_checkpoint_or_the_new_one(
+    tmp_path, pair, run_at_step_1, calls_of_a_save, code
+):
+    """The functions fail as the system's do: those that are called with a path name it."""
+
+    def fail(name, args):
+        if name == "save_file":
+            raise SafetensorError(f"I/O error: {os.strerror(code)}")
+        path = str(args[0]) if isinstance(args[0], str | Path) else None
+        raise OSError(code, os.strerror(code), path)
+
+    calls = calls_of_a_save
+    assert {"fsync", "rename", "replace", "mkdir", "save_file", "open"} <= set(calls)
+    for number, call in enumerate(calls, start=1):
+        folder = shutil.copytree(run_at_step_1, tmp_path / f"call-{number}")
+        with at_call(number, fail):
+            try:
+                save(folder, 2, pair, keep=1)
+            except OSError as error:
+                exit_code, message = exit_code_and_message(error, "")
+                assert exit_code == 2
+                if call not in ("unlink", "rmdir"):  # Python's rmtree gives a name alone
+                    assert str(folder) in message, (number, call, message)
+        assert_old_or_new_is_valid(folder)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_process_killed_at_any_call_of_a_save_leaves_the_old_checkpoint_or_the_new_one(
+    tmp_path, pair, run_at_step_1, calls_of_a_save, after
+):
+    for number in range(1, len(calls_of_a_save) + 1):
+        folder = shutil.copytree(run_at_step_1, tmp_path / f"call-{number}")
+        child = os.fork()
+        if child == 0:
+            with at_call(number, lambda name, args: os._exit(9), after):
+                save(folder, 2, pair, keep=1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert_old_or_new_is_valid(folder)
+        shutil.rmtree(folder)
+
+
+def test_a_failed_background_save_is_raised_by_the_next_call_that_writes(run, pair):
+    model, optimizer = pair
+    with RunDirectory(run, 512, writes=True, say=print) as directory:
+        (run / ".step_000001.tmp").write_text("")  # removed first
+        with mock.patch.object(
+            run_directory, "save_file", side_effect=OSError(errno.ENOSPC, "full", "there")
+        ):
+            directory.save(
+                1, model, lambda: optimizer_tensors(model, optimizer), BYTES, "data", keep=2
+            )
+            with pytest.raises(OSError, match="full"):
+                directory._commit.exception()
+                directory.log("train", 2, loss=1.0)
+
+
+# -------------------------------------------------------------------------------------- verifying
+
+DAMAGE = {
+    "empty weights": lambda step: (step / "model.safetensors").write_bytes(b""),
+    "no moments": lambda step: (step / "optimizer.safetensors").unlink(),
+    "no manifest": lambda step: (step / "manifest.json").unlink(),
+    "torn manifest": lambda step: (step / "manifest.json").write_text("{"),
+    "manifest of nothing": lambda step: (step / "manifest.json").write_text('{"files": {}}'),
+    "manifest is a list": lambda step: (step / "manifest.json").write_text("[]"),
+    "changed state": lambda step: (step / "state.json").write_text("{}"),
+    "link for a file": lambda step: replace_by_link(step / "model.safetensors"),
+    "directory for a file": lambda step: replace_by_directory(step / "model.safetensors"),
+    "name that leads out": lambda step: add_to_manifest(step, "../train.json"),
+}
+
+
+def replace_by_link(file: Path) -> None:
+    target = file.rename(file.parent.parent / "elsewhere.safetensors")
+    file.symlink_to(target)
+
+
+def replace_by_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def add_to_manifest(step: Path, name: str) -> None:
+    manifest = json.loads((step / "manifest.json").read_text())
+    content = (step / name).read_bytes()
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"][name] = entry
+    (step / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damage_is_reported_and_the_checkpoint_before_is_used(run, pair, damage):
+    save(run, 1, pair)
+    damage(save(run, 2, pair))
+    warnings = []
+    assert newest_valid(run, warnings.append).name == "step_000001"
+    (warning,) = warnings
+    assert "step_000002" in warning
+
+
+def rewrite(step: Path, name: str, tensors: dict) -> None:
+    """Replace a tensor file and its entry in the manifest, as if it had been saved so."""
+    save_file(tensors, step / name, metadata={"format": "pt"})
+    content = (step / name).read_bytes()
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"][name] = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (step / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_checkpoint_that_holds_nan_is_skipped_for_an_older_one(run, pair, name):
+    save(run, 1, pair)
+    step = save(run, 2, pair)
+    tensors = load_file(step / name)
+    tensors[min(tensors)].flatten()[0] = torch.nan
+    rewrite(step, name, tensors)
+    warnings = []
+    assert newest_valid(run, warnings.append).name == "step_000001"
+    assert "NaN" in warnings[0]
+
+
+def test_nan_is_not_saved(run, pair):
+    model, optimizer = trained()
+    save(run, 1, pair)
+    with torch.no_grad():
+        model.transformer.ln_f.bias[3] = torch.inf
+    with pytest.raises(UserError, match="step 2: transformer.ln_f.bias holds NaN or Inf"):
+        save(run, 2, (model, optimizer))
+    assert names(run) == ["step_000001"]
+
+
+def test_a_checkpoint_whose_file_cannot_be_read_is_skipped(run, pair, monkeypatch):
+    """EIO in the newest one must not end the resume."""
+    save(run, 1, pair)
+    save(run, 2, pair)
+    real = run_directory.file_sha256
+
+    def fail_in_step_2(file):
+        if file.parent.name == "step_000002":
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return real(file)
+
+    monkeypatch.setattr(run_directory, "file_sha256", fail_in_step_2)
+    warnings = []
+    assert newest_valid(run, warnings.append).name == "step_000001"
+    assert "cannot be read" in warnings[0]
+
+
+def test_a_state_of_another_schema_is_refused(run, pair):
+    folder = save(run, 1, pair)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"schema": 99}))
+    with pytest.raises(UserError, match="schema 99"):
+        run_directory.read_state(folder)
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(run, pair):
+    save(run, 1, pair).rename(run / "step_000009")
+    with pytest.raises(UserError, match="step 1"):
+        run_directory.read_state(run / "step_000009")
+
+
+# --------------------------------------------------------------------------- pruning, setting aside
+
+
+def test_pruning_keeps_the_newest_and_the_best(run, pair):
+    for step in (1, 2, 3, 4):
+        save(run, step, pair)
+    (run / "best.json").write_text('{"step": 1, "val_loss": 2.0}')
+    run_directory.prune(run, 2)
+    assert names(run) == ["step_000001", "step_000003", "step_000004"]
+
+
+def test_with_keep_1_and_the_newest_damaged_a_resumed_run_keeps_what_it_saves(run, pair):
+    save(run, 1, pair)
+    DAMAGE["empty weights"](save(run, 3, pair))
+    assert resume(run).name == "step_000001"
+    save(run, 2, pair, keep=1)
+    assert names(run) == ["step_000002"]
+    assert fault_of(run / "step_000002") is None
+
+
+def test_damaged_newer_checkpoints_are_renamed_on_resume(run, pair):
+    save(run, 1, pair)
+    DAMAGE["empty weights"](save(run, 2, pair))
+    resume(run)
+    assert names(run) == ["step_000001"]
+    assert (run / "damaged_step_000002/optimizer.safetensors").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_alone(run, pair):
+    DAMAGE["empty weights"](save(run, 1, pair))
+    with pytest.raises(UserError, match="none of its checkpoints is valid"):
+        resume(run)
+    assert names(run) == ["step_000001"]
+
+
+def test_pruning_that_is_cut_short_leaves_no_half_checkpoint_that_counts(run, pair, monkeypatch):
+    save(run, 1, pair)
+    save(run, 2, pair)
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(run_directory.shutil, "rmtree", fail)
+    with pytest.raises(OSError):
+        run_directory.prune(run, 1)
+    assert fault_of(run / "step_000001") is not None
+    assert fault_of(run / "step_000002") is None
+
+
+def test_a_symlinked_step_directory_is_neither_resumed_from_nor_pruned(run, pair, tmp_path):
+    elsewhere = save(run, 9, pair).rename(tmp_path / "elsewhere")
+    (run / "step_000009").symlink_to(elsewhere)
+    save(run, 1, pair)
+    save(run, 2, pair, keep=1)
+    assert resume(run).name == "step_000002"
+    assert (run / "step_000009").is_symlink()
+    assert (elsewhere / "model.safetensors").exists()
+
+
+def test_a_save_replaces_a_link_in_its_place_and_not_what_it_points_to(run, pair, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("here")
+    (run / "step_000001").symlink_to(elsewhere)
+    save(run, 1, pair)
+    assert not (run / "step_000001").is_symlink()
+    assert (elsewhere / "precious").read_text() == "here"
+
+
+def test_leftovers_of_a_crash_are_removed_on_resume(run, pair):
+    save(run, 1, pair)
+    (run / ".step_000002.tmp").mkdir()
+    (run / ".step_000002.tmp/model.safetensors").write_text("half")
+    resume(run)
+    assert not (run / ".step_000002.tmp").exists()
+
+
+# -------------------------------------------------------------------------------------------- log
+
+
+def test_a_log_with_foreign_and_torn_lines_is_mended_with_one_warning(run, pair):
+    save(run, 1, pair)
+    lines = (run / "log.jsonl").read_bytes()
+    foreign = b'\xff\xfe\n{}\n[1]\n"text"\n{"event": "train", "step": "1"}\n{"event": "tra'
+    (run / "log.jsonl").write_bytes(b'{"event": "train", "step": 1}\n' + foreign + b"\n" + lines)
+    warnings = []
+    resume(run, warnings.append)
+    assert warnings == [f"warning: {run / 'log.jsonl'}: left out 6 damaged lines"]
+    events = [json.loads(line)["event"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert events == ["train", "save"]
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(run, pair):
+    save(run, 1, pair)
+    with open(run / "log.jsonl", "a") as f:
+        f.write('{"event": "train", "step": 2}\n')
+    resume(run)
+    assert '"step": 2' not in (run / "log.jsonl").read_text()
+
+
+def test_the_save_stands_in_the_log_whenever_the_checkpoint_is_there(run, pair, monkeypatch):
+    """It is written first: a kill right after the commit must not lose it."""
+    real = os.rename
+    seen = []
+
+    def look_at_log(source, target):
+        seen.append((run / "log.jsonl").read_text())
+        return real(source, target)
+
+    monkeypatch.setattr(os, "rename", look_at_log)
+    save(run, 1, pair)
+    assert '"event": "save", "step": 1' in seen[-1]
+
+
+# ------------------------------------------------------------------------------- what is picked
+
+
+def test_a_run_stands_for_its_newest_checkpoint(run, pair):
+    save(run, 1, pair)
+    save(run, 2, pair)
+    assert run_directory.load_model(str(run))[2] == str(run / "step_000002")
+
+
+def test_a_step_directory_stands_for_itself(run, pair):
+    save(run, 1, pair)
+    save(run, 2, pair)
+    assert run_directory.load_model(str(run / "step_000001"))[2] == str(run / "step_000001")
+
+
+def test_a_run_that_keeps_its_best_stands_for_that(run, pair):
+    save(run, 1, pair)
+    save(run, 2, pair)
+    (run / "best.json").write_text('{"step": 1, "val_loss": 2.0}')
+    assert run_directory.load_model(str(run))[2] == str(run / "step_000001")
+
+
+def test_without_a_name_the_newest_run_is_picked(tmp_path, pair, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, time in (("new", 2), ("old", 1)):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        (folder / "train.json").write_text("{}")
+        save(folder, 7, pair)
+        os.utime(folder / "log.jsonl", (time, time))
+    assert run_directory.load_model(None)[2] == "runs/new/step_000007"
+
+
+def test_without_runs_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train_gpt2.py"):
+        run_directory.load_model(None)
+
+
+def test_inference_works_without_the_optimizers_state(run, pair):
+    folder = save(run, 1, pair)
+    (folder / "optimizer.safetensors").unlink()
+    model, encoding, picked = run_directory.load_model(str(run))
+    assert picked == str(folder)
+    assert encoding.name == "bytes"
+
+
+def test_inference_hashes_only_the_models_files(run, pair, monkeypatch):
+    save(run, 1, pair)
+    hashed = []
+    real = run_directory.file_sha256
+
+    def note(file):
+        hashed.append(file.name)
+        return real(file)
+
+    monkeypatch.setattr(run_directory, "file_sha256", note)
+    run_directory.load_model(str(run))
+    assert hashed == ["config.json", "model.safetensors"]
+
+
+def test_inference_skips_a_damaged_best_checkpoint_with_a_warning(run, pair):
+    DAMAGE["empty weights"](save(run, 1, pair))
+    save(run, 2, pair)
+    (run / "best.json").write_text('{"step": 1, "val_loss": 2.0}')
+    warnings = []
+    assert run_directory.load_model(str(run), warnings.append)[2] == str(run / "step_000002")
+    assert "step_000001" in warnings[0]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": "1"}', '{"step": 1}'])
+def test_a_torn_best_json_is_one_line_that_names_it(run, pair, content):
+    save(run, 1, pair)
+    (run / "best.json").write_text(content)
+    with pytest.raises(UserError, match="best.json"):
+        run_directory.load_model(str(run))
