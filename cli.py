@@ -292,10 +292,9 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
             code, message = 0, ""
         except (Exception, KeyboardInterrupt, Stopped, SystemExit) as error:
             code, message = exit_code_and_message(error, out_of_memory)
+            message = message.replace("\n", "\\n")  # the name of a file may have more lines
             if code == 1:
                 message = traceback.format_exc().rstrip()
-            else:
-                message = message.replace("\n", "\\n")  # the name of a file may have more lines
             if is_final(error) and not _report_final_error(message):
                 message = ""
         # After a failure the process group is left to die with the process: to destroy it in good

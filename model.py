@@ -215,7 +215,7 @@ class GPT(nn.Module):
         if cache is not None:
             positions = cache.positions(T)
             places = torch.arange(cache.num_places_read, device=idx.device)  # (S,)
-            mask = positions[:, None] >= places  # (T, S)
+            mask = places <= positions[:, None]  # (T, S)
         elif positions is None:
             if T > self.config.block_size:
                 raise ValueError(f"{T} tokens, but block_size is {self.config.block_size}")

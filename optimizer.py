@@ -14,6 +14,8 @@ Shapes: N matrices of one shape, R rows and C columns with R <= C.
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -58,14 +60,40 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a parameter in one step of Muon."""
+
+    weight: Tensor  # (out, in), a part of the parameter
+    direction: Tensor  # (out, in), where its momentum points
+    group: dict  # of the parameter: its learning rate and weight decay
+
+    @property
+    def is_tall(self) -> bool:
+        return self.weight.size(0) > self.weight.size(1)
+
+    @property
+    def wide_direction(self) -> Tensor:
+        """(R, C): turned over where it is tall, so that the iterations' products are small."""
+        return self.direction.mT if self.is_tall else self.direction
+
+    def descend(self, wide_update: Tensor) -> None:
+        """Decay the weight, and move it against its orthogonal update, (R, C)."""
+        update = wide_update.mT if self.is_tall else wide_update
+        scale = math.sqrt(max(1.0, self.weight.size(0) / self.weight.size(1)))
+        self.weight.mul_(1 - self.group["lr"] * self.group["weight_decay"])
+        self.weight.add_(update, alpha=-self.group["lr"] * scale)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, with decoupled weight decay.
 
     Each group names in `matrices` how many matrices, one below the other, its parameters hold.
     The learning rate is Jordan's: the singular values of an update are all about
     lr * sqrt(max(1, out / in)).
-    torch.optim.Muon does the same to one matrix at a time. This one does matrices of equal shape
-    together, whatever parameter they come from, and sees c_attn as three.
+
+    torch.optim.Muon does the same to one matrix at a time. This one takes matrices of equal shape
+    together, whatever parameters they are in, and sees c_attn as three.
     """
 
     def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -74,45 +102,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        directions = defaultdict(list)
-        places = defaultdict(list)
+        by_shape = defaultdict(list)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                direction = self._momentum_direction(parameter, group["momentum"])
-                for weight, matrix in zip(
-                    parameter.chunk(group["matrices"]),
-                    direction.chunk(group["matrices"]),
-                    strict=True,
-                ):
-                    is_tall = matrix.size(0) > matrix.size(1)
-                    wide = matrix.mT if is_tall else matrix
-                    directions[wide.shape].append(wide)
-                    places[wide.shape].append((weight, is_tall, group))
-        for shape, matrices in directions.items():
+            for matrix in self._matrices(group):
+                by_shape[matrix.wide_direction.shape].append(matrix)
+        for matrices in by_shape.values():
             for start in range(0, len(matrices), MATRICES_AT_ONCE):
-                chunk = slice(start, start + MATRICES_AT_ONCE)
-                updates = orthogonalize(torch.stack(matrices[chunk]))
-                for update, place in zip(updates, places[shape][chunk], strict=True):
-                    _descend(update, *place)
+                some = matrices[start : start + MATRICES_AT_ONCE]
+                directions = torch.stack([matrix.wide_direction for matrix in some])  # (N, R, C)
+                for matrix, update in zip(some, orthogonalize(directions), strict=True):
+                    matrix.descend(update)
 
-    def _momentum_direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """The gradients' running mean, seen one step ahead (Nesterov), of the parameter's shape."""
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
-
-
-def _descend(update: Tensor, weight: Tensor, is_tall: bool, group: dict) -> None:
-    """Decay one weight matrix (out, in) and move it against its orthogonal update."""
-    if is_tall:
-        update = update.mT
-    scale = math.sqrt(max(1.0, weight.size(0) / weight.size(1)))
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.add_(update, alpha=-group["lr"] * scale)
+    def _matrices(self, group: dict) -> Iterator[Matrix]:
+        """The matrices of a group's parameters, with their momentum brought up to date."""
+        count = group["matrices"]
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            # The running mean of the gradients, then the same seen one step ahead (Nesterov).
+            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            direction = parameter.grad.lerp(state["momentum"], group["momentum"])
+            parts = zip(parameter.chunk(count), direction.chunk(count), strict=True)
+            for weight, part in parts:
+                yield Matrix(weight, part, group)
 
 
 class MuonAndAdamW:

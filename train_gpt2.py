@@ -398,11 +398,10 @@ def warm_up_ddp(loss_fn: nn.Module, model: GPT, config: TrainConfig, rt: Runtime
     depend on the buckets. A run that is stopped and continued makes its first pass twice. So that
     pass must not be part of a step, or the continued run would differ from an undisturbed one.
     """
-    B = sequences_at_once(config)
-    idx = torch.zeros(B, config.seq_len, dtype=torch.long, device=rt.device)
+    # Laid out in memory as a step's micro-batches are: torch.compile would compile again for others.
+    windows = torch.zeros(sequences_at_once(config), config.seq_len + 1, dtype=torch.long)
     for _ in range(2):
-        with rt.autocast(), rt.attention(config.seq_len):
-            loss_fn(idx, idx).backward()
+        micro_batch_loss(loss_fn, windows, config, rt, step=0, i=0).backward()
     model.zero_grad(set_to_none=False)
 
 
