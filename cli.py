@@ -5,8 +5,8 @@ is the one place that turns an error or a signal into an exit code:
 
     0     the work is done
     1     a fault of this program: its traceback is what a report needs
-    2     bad input, too little memory, or a file that cannot be read or written;
-          the last line of stderr names the remedy
+    2     bad input, too little memory, a file that cannot be read or written, or another rank
+          that is lost; the last line of stderr names the remedy
     128+n stopped by signal n, after saving (129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM)
 """
 
@@ -369,10 +369,10 @@ def has_lost_contact(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory has run out: Python's, or that of a device.
 
-    torch has a class for its allocator on a GPU. CUDA itself, Apple's MPS and the allocator on a
-    CPU raise a RuntimeError that says it in words. torch is not imported here.
+    torch has a class for its allocator on a GPU. CUDA itself and its libraries, Apple's MPS and the
+    allocator on a CPU raise a RuntimeError that says it in words. torch is not imported here.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    words = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)

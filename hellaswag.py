@@ -235,15 +235,17 @@ def find_items(rt: Runtime) -> list[Item] | None:
     Training goes on without them: if they cannot be had, one line says why and the result is None.
     Rank 0 reads, and all ranks receive.
     """
-    items = None
-    if rt.is_main:
+
+    def find() -> list[Item] | None:
         try:
             if not DATA.is_file():
                 download(attempts=1)
-            items = load_items()
+            return load_items()
         except (UserError, OSError) as error:
             rt.say(f"HellaSwag is skipped: {error}")
-    return rt.broadcast(items)
+            return None
+
+    return rt.on_main(find)
 
 
 # ---------------------------------------------------------------------------- text to tokens
@@ -655,13 +657,14 @@ def main() -> None:
     rt = start(config.device, config.dtype)
     model, encoding, picked = load_model(config.model or None, warn=rt.say)
     rt.say(f"model {picked} on {rt.device}, {str(rt.dtype).removeprefix('torch.')}")
-    items = None
-    if rt.is_main:
+
+    def read_items() -> list[Item]:
         if config.data is None and not DATA.is_file():
             rt.say(f"downloading {URL}")
             download()
-        items = load_items(config.data)[: config.limit]
-    items = rt.broadcast(items)
+        return load_items(config.data)[: config.limit]
+
+    items = rt.on_main(read_items)
     result = evaluate(
         model.to(rt.device), encoding, items, config.style, rt, name=picked, progress=True
     )

@@ -95,7 +95,7 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D), one of the three for each name
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
             q = q.to(k.dtype)
@@ -252,7 +252,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_dir: str | os.PathLike, dropout: float = 0.0) -> "GPT":
         """GPT-2 from a local Hugging Face directory, a run, or a hub name such as `gpt2`.
 
-        A run directory stands for its best checkpoint, or for its newest, as on the command line.
+        Of a run directory the best checkpoint is loaded if the run keeps one, else the newest.
         The model is in float32 and in evaluation mode. Its `revision` is the commit of a download.
         Raises UserError for a name that cannot be fetched, a config that is not plain GPT-2, and
         for weights that are missing, of another shape or type, or not finite.
@@ -319,7 +319,7 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v (B, H, T, D) of the next T tokens.
 
-        Returns the keys and values that attention reads, (B, H, seen, D), in the cache's dtype.
+        Returns the keys and values that attention reads, (B, H, S, D), in the cache's dtype.
         """
         positions = self.positions(k.size(2))
         keys, values = self.k[layer], self.v[layer]
@@ -427,7 +427,7 @@ def _probabilities_minus_target(log_p: torch.Tensor, target: torch.Tensor) -> to
     """exp(log_p) - one_hot(target), float32 (n, P). It may overwrite log_p (n, P)."""
     if torch.compiler.is_compiling():
         # Compiled, this is one pass over the logits, and no float32 tensor of their size is made.
-        # A scatter would need one.
+        # A scatter operation would need such a tensor.
         columns = torch.arange(log_p.size(1), device=log_p.device)  # (P,)
         return log_p.exp() - (columns == target).float()
     # Without compile each operation makes a tensor of that size, so these work in place.
@@ -504,7 +504,8 @@ def network_probe() -> list[float]:
     plausible nonsense. A change of formatting, names or speed leaves them as they are.
     """
     config = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16)
-    # It is called beside a training step, whose dropout must not find random numbers used up.
+    # A training step may run in another thread. So no random numbers are drawn here: dropout there
+    # would get others than without this call.
     with torch.device("meta"):
         model = GPT(config)
     model = model.to_empty(device="cpu").double().eval()
@@ -646,7 +647,7 @@ class _StoredTensor:
 
 
 def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
-    """By our names, all tensors that are parameters or the head. Reads the headers alone."""
+    """All tensors that are parameters or the head, by our names. Only headers are read."""
     stored = {}
     for file in _weight_files(folder):
         for name, entry in read_header(file).items():
@@ -666,7 +667,7 @@ def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
             if name.endswith(TRANSPOSED):
                 shape = shape[::-1]
             stored[our_name] = _StoredTensor(file, name, entry["dtype"], shape)
-    # The head is the token embedding, and some tools keep it under that name alone.
+    # The head and the token embedding are one tensor. Some tools store it only as lm_head.weight.
     if "lm_head.weight" in stored and "transformer.wte.weight" not in stored:
         stored["transformer.wte.weight"] = stored.pop("lm_head.weight")
     return stored
@@ -738,7 +739,9 @@ def _read_tensors(stored: dict[str, _StoredTensor]) -> dict[str, torch.Tensor]:
             name, tensor = item
             tensor = tensor.float()
             smallest_and_largest = torch.stack(torch.aminmax(tensor))
-            if not smallest_and_largest.isfinite().all():  # 40 times as fast as all elements
+            if (
+                not smallest_and_largest.isfinite().all()
+            ):  # 40 times as fast as testing each element
                 raise UserError(
                     f"{file}: {name} holds NaN or Inf",
                     expected="finite weights",
@@ -748,7 +751,7 @@ def _read_tensors(stored: dict[str, _StoredTensor]) -> dict[str, torch.Tensor]:
                 tensor = tensor.t().contiguous()
             return tensor
 
-        # Most of the time goes into page faults, which threads share.
+        # Most of the time is spent in page faults, and several threads wait for them in parallel.
         with ThreadPoolExecutor(4) as pool:
             tensors = pool.map(convert, mapped)
             state |= {name: t for (name, _), t in zip(mapped, tensors, strict=True)}
@@ -870,7 +873,7 @@ def _download_weights(name: str, folder: Path, revision: str) -> None:
 def _download(
     name: str, file: str, revision: str | None = None, *, missing_ok: bool = False
 ) -> Path:
-    """Fetch one file of a hub repository. Raises EntryNotFoundError if it may be missing and is."""
+    """Fetch one file of a hub repository. With missing_ok, EntryNotFoundError is raised."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
@@ -916,7 +919,7 @@ def _download_fault(error: Exception, file: str) -> tuple[str, str]:
     if isinstance(error, RepositoryNotFoundError):
         found = "no such directory, and on the hub no such model that you may see"
         return found, "check the name, or set HF_TOKEN if it is private"
-    # The client wraps connection faults once it has found nothing in its cache.
+    # If a connection fails and the cache has nothing, the client wraps the connection's error.
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     if getattr(response, "status_code", None) in (401, 403):

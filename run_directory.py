@@ -107,12 +107,12 @@ class RunDirectory:
                 remedy="continue that run with --resume, or choose another --out",
             )
 
-    def begin(self, config: dict) -> None:
+    def begin(self, config: dict, device: torch.device) -> None:
         """Start a new run in the claimed directory."""
         remove_leftovers(self.folder)
         remove(self.folder / "best.json")  # of no run: where there is one, begin is not called
         keep_old_log(self.folder)
-        values = config | {"started": provenance() | {"seal": seal(config)}}
+        values = config | {"started": provenance(device) | {"seal": seal(config)}}
         write_file(self.folder / "train.json", (json.dumps(values, indent=2) + "\n").encode())
 
     def newest_checkpoint(self) -> Path | None:
@@ -722,8 +722,11 @@ def seal_key() -> bytes | None:
     return key if len(key) == 64 else None
 
 
-def provenance() -> dict:
+def provenance(device: torch.device) -> dict:
     """Where and when a run was started, for whoever wants to repeat it."""
+    device_name = device.type
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
     commit = None
     try:
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -733,6 +736,7 @@ def provenance() -> dict:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
+        "device": device_name,
         "git_commit": commit,
         "job": job_name(),
     }

@@ -165,6 +165,7 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     if chosen.type == "cpu":
         # Despite its name it rules the CPU too: unfused attention stays in bfloat16.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    process_group.end_with_launcher()
     store = process_group.join(chosen) if world_size > 1 else None
     return Runtime(rank, world_size, chosen, chosen_dtype, store)
 

@@ -362,8 +362,8 @@ def stream_text(
 
 # ---------------------------------------------------------------------------- faster reading
 
-# With this many new tokens a preparation saves the time that it takes. On a CPU compiling saves
-# nothing.
+# From this many new tokens on a preparation saves more time than it costs. On a CPU compiling
+# saves nothing.
 PACK_REPAID = 100  # CPU, measured at 124M parameters: 0.4 s once, 5 ms saved a token
 COMPILE_REPAID = 10_000  # CUDA, an estimate: some 30 s once, a few ms saved a token
 

@@ -345,7 +345,8 @@ def _ds_count(path: Path, size: int) -> int:
 
     The .metadata that datatrove writes beside it says how many bytes a token has, and the number.
     """
-    if path.is_symlink():  # without a header any file on this machine would look like tokens
+    # A link could lead to any file, and without a header any file passes for tokens.
+    if path.is_symlink():
         raise UserError(
             f"{path}: a symbolic link",
             expected="the file itself",
@@ -703,7 +704,8 @@ def verify(folder: Path) -> int:
     """Read everything and return the number of tokens.
 
     It checks all sizes, the range of every token and, where there is a manifest, every sha256.
-    A foreign directory has no hashes: there a changed token is found only outside the vocabulary.
+    A foreign directory has no hashes. There a changed token is found only if it is not below the
+    vocabulary's size.
     """
     data = open_data(folder)
     if (folder / "manifest.json").exists():

@@ -85,6 +85,10 @@ from tokens import (
 # ------------------------------------------------------------------------------- configuration
 
 
+# What --help says above the flags: the head of this file, without what is for readers of the code.
+HELP = __doc__.partition("\nRead it from the top")[0]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run. Each field is a flag, and its comment is the flag's help."""
@@ -105,8 +109,8 @@ class TrainConfig:
     # run directory; empty: runs/<recipe>, or runs/<recipe>-2, -3, … if that one holds a run
     out: str = ""
     resume: bool = False  # continue the run in --out; start it if there is none
-    # a saved train.json to take all values from; other flags override them, and --data, --init-from
-    # and --wandb must be flags if somebody else wrote the file
+    # a run, or its train.json, to take all values from; other flags override them, and --data,
+    # --init-from and --wandb must be flags if somebody else wrote the file
     config: str = ""
     eval_only: bool = False  # measure --init-from on --data, and train nothing
     dry_run: bool = False  # print what the run would cost, and train nothing
@@ -130,7 +134,7 @@ class TrainConfig:
     micro_batch: int = 16
     # what updates the weights; muon: Muon for the blocks' matrices, AdamW for the rest
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 6e-4  # AdamW's peak, which the warm-up ends at
+    learning_rate: float = 6e-4  # AdamW's peak rate, reached at the end of the warm-up
     muon_learning_rate: float = 0.02  # Muon's peak, where it is used
     schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls after the warm-up
     min_lr: float = 6e-5  # learning rate that the cosine ends at; the linear schedule ends at zero
@@ -395,10 +399,10 @@ def warm_up_ddp(loss_fn: nn.Module, model: GPT, config: TrainConfig, rt: Runtime
 
     In its first pass DDP guesses which gradients share a bucket. After that pass it knows in which
     order gradients come, and makes other buckets. The last bits of a sum over three ranks or more
-    depend on the buckets. A run that is stopped and continued makes its first pass twice. So that
-    pass must not be part of a step, or the continued run would differ from an undisturbed one.
+    depend on the buckets. A run that is stopped and continued has two first passes. If a first pass
+    were part of a step, the continued run would differ from an undisturbed one.
     """
-    # Laid out in memory as a step's micro-batches are: torch.compile would compile again for others.
+    # Laid out in memory as a micro-batch of a step: for others torch.compile would compile again.
     windows = torch.zeros(sequences_at_once(config), config.seq_len + 1, dtype=torch.long)
     for _ in range(2):
         micro_batch_loss(loss_fn, windows, config, rt, step=0, i=0).backward()
@@ -427,6 +431,7 @@ def train_step(
         loss = backward(loss_fn, batch, config, rt, step)
     # 2) After this line it is no longer than grad_clip.
     gradient_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    # Both numbers in one transfer: each one makes the host wait for the GPU.
     loss, gradient_norm = torch.stack([loss, gradient_norm.to(loss)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         error = UserError(
@@ -438,8 +443,8 @@ def train_step(
         rt.raise_on_all(error)
     # 3) After this line the weights are updated, the same on every rank.
     optimizer.step()
-    # With one rank the gradients are freed. With several they are set to zero, since each is a
-    # part of one of DDP's buckets. A freed one would have to be copied into the bucket again.
+    # With one rank the gradients are freed. With several they are set to zero: under DDP each is a
+    # part of a bucket, and a freed one would have to be copied into its bucket again.
     optimizer.zero_grad(set_to_none=rt.world_size == 1)
     return loss, gradient_norm
 
@@ -454,11 +459,11 @@ def backward(
         is_last = i == len(micro_batches) - 1
         # Each rank adds up the gradients of its micro-batches by itself (no_sync). Only in the
         # backward pass of the last one does DDP take the mean over the ranks of what they have
-        # added up. This is the one place of a step where gradients meet.
-        averaging = contextlib.nullcontext()
+        # added up. Gradients meet at no other place of a step.
+        without_averaging = contextlib.nullcontext()  # has no effect
         if rt.world_size > 1 and not is_last:
-            averaging = loss_fn.no_sync()
-        with averaging:
+            without_averaging = loss_fn.no_sync()  # a compiled module hands this on to DDP
+        with without_averaging:
             loss = micro_batch_loss(loss_fn, windows, config, rt, step, i)
             loss = loss / len(micro_batches)
             loss.backward()
@@ -784,7 +789,7 @@ def main(args: list[str] | None = None) -> None:
         evaluate_only(config, rt)
         return
     rt.say(why)
-    if not config.gpus:  # else another machine is planned than this one
+    if not config.gpus:  # with --gpus the plan is for another machine
         rt.say(describe_runtime(rt, config))
         check_batch(config, rt.world_size)
     if config.dry_run:
@@ -802,8 +807,9 @@ def main(args: list[str] | None = None) -> None:
         if checkpoint:
             load_checkpoint(checkpoint, model, optimizer, run, data)
         else:
-            saved = replace(config, resume=False, out="")  # so that --config can repeat the run
-            rt.on_main(lambda: run.begin(asdict(saved)))
+            # Without what only says where these values come from and where they go to.
+            saved = replace(config, resume=False, out="", config="")
+            rt.on_main(lambda: run.begin(asdict(saved), rt.device))
         if config.wandb and rt.is_main:
             run.also_log = open_wandb(config, run.folder)
         items = hellaswag.find_items(rt) if config.hellaswag_every else None
@@ -1200,7 +1206,9 @@ def wandb_id(file: Path) -> str:
     if not file.exists():
         write_file(file, secrets.token_hex(4).encode())
     found = read_bytes(file, limit=64)
-    if not re.fullmatch(rb"[0-9a-f]{8}", found):  # as through a link: it would be sent
+    if not re.fullmatch(
+        rb"[0-9a-f]{8}", found
+    ):  # a link may have led to a private file, and this is sent
         raise UserError(
             f"{file}: {len(found)} bytes",
             expected="eight hexadecimal digits",
@@ -1312,7 +1320,7 @@ class Progress:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held: of tensors on CUDA, else in all."""
+    """The largest number of bytes that this process has held; on CUDA only those of tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # Windows has no such module
@@ -1344,16 +1352,21 @@ def config_of_command_line(args: list[str]) -> tuple[TrainConfig, str]:
     defaults = RECIPES[recipe]
     asks_for_help = "-h" in args or "--help" in args
     if source.config:
-        defaults = read_train_json(Path(source.config))
-        refuse_foreign_values(Path(source.config), defaults, args)
+        file = Path(source.config)
+        if file.is_dir():  # a run stands for its train.json
+            file = file / "train.json"
+        defaults = read_train_json(file)
+        refuse_foreign_values(file, defaults, args)
         recipe = source.recipe or defaults.recipe
-        why = f"with the values of {source.config}"
+        why = f"with the values of {file}"
     elif source.init_from and not asks_for_help:  # help must not fetch a model
         defaults = shaped_like(defaults, source.init_from)
-    if source.eval_only:  # as much as published figures are measured on
+        rate = defaults.learning_rate
+        why += f"; for a model of this size --learning-rate is {rate:g} by default"
+    if source.eval_only:  # as many as published figures are measured on
         defaults = replace(defaults, eval_tokens=TrainConfig.eval_tokens)
     defaults = replace(defaults, recipe=recipe, out=out)
-    config = parse_flags(TrainConfig, defaults, __doc__, args)
+    config = parse_flags(TrainConfig, defaults, HELP, args)
     return config, f"recipe {recipe}, {why}"
 
 
@@ -1367,7 +1380,7 @@ def config_of_run(folder: Path, source: argparse.Namespace, args: list[str]) -> 
         )
     saved = replace(read_train_json(folder / "train.json"), out=str(folder), resume=True)
     refuse_foreign_values(folder / "train.json", saved, args)
-    config = parse_flags(TrainConfig, saved, __doc__, args)
+    config = parse_flags(TrainConfig, saved, HELP, args)
     refuse_changes(saved, config)
     return config
 
@@ -1431,7 +1444,7 @@ def read_train_json(file: Path) -> TrainConfig:
             expected="the values that this version writes",
             remedy="use the version that wrote it, or start a new run",
         )
-    # Where a run is kept, and whether one is trained at all, only the command line says.
+    # Only the command line says where a run is kept and whether anything is trained.
     never_from_file = {
         "out": "",
         "resume": False,
@@ -1480,8 +1493,8 @@ def refuse_foreign_values(file: Path, saved: TrainConfig, args: list[str]) -> No
 def is_harmless_data(run: Path, saved: TrainConfig) -> bool:
     """Whether the data that a run names may be read without asking.
 
-    They are a corpus that this program makes by itself, or shards of the fingerprint that the run's
-    checkpoints hold. Nobody knows that of a corpus that he does not have.
+    They may if they are a corpus that this program makes. They also may if their fingerprint is in
+    one of the run's checkpoints: a stranger cannot know the fingerprint of a private file.
     """
     if saved.data in (FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER):
         return True
@@ -1494,7 +1507,7 @@ def is_harmless_data(run: Path, saved: TrainConfig) -> bool:
 
 
 def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
-    """Refuse flags that would make another run of it."""
+    """Refuse flags whose values may not change when a run is continued."""
     changed = []
     for field in dataclasses.fields(TrainConfig):
         old, new = getattr(saved, field.name), getattr(config, field.name)
@@ -1512,12 +1525,13 @@ def shaped_like(defaults: TrainConfig, name: str) -> TrainConfig:
     """The recipe with the shape and the encoding of the model to start from.
 
     Fine-tuning takes a larger learning rate for a smaller model: 3e-5 at 124M parameters, 1e-3 at
-    the first run's 0.84M, and in between by the power law through these two, which were tried.
+    the first run's 0.84M and below, and in between by the power law through these two, which were
+    tried.
     """
     model, encoding = run_directory.describe_model(name)
     if defaults.recipe == "finetune":
         size = parameters(model) / parameters(SIZES["gpt2"])
-        rate = float(f"{defaults.learning_rate * size**-0.7:.1g}")
+        rate = min(1e-3, float(f"{defaults.learning_rate * size**-0.7:.1g}"))
         defaults = replace(defaults, learning_rate=rate, min_lr=rate / 2)
     return replace(
         defaults,

@@ -75,6 +75,7 @@ def test_interrupts_are_130_without_a_traceback(capsys):
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines"),
     torch.AcceleratorError("CUDA error: out of memory\nmore lines"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     MemoryError(),

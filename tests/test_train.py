@@ -34,7 +34,7 @@ import train_gpt2
 from files import locked
 from model import GPT, NextTokenLoss
 from plan import flops_per_token
-from runtime import start
+from runtime import Runtime, start
 from tokens import get_encoding, open_data, token_bytes, write_manifest, write_shard
 from train_gpt2 import (
     RECIPES,
@@ -296,7 +296,7 @@ def test_a_checkpoint_has_these_files(finished):
 def test_train_json_says_when_and_with_what_the_run_was_started(finished):
     started = json.loads((finished / "train.json").read_text())["started"]
     assert started["torch"] == torch.__version__
-    assert started.keys() == {"date", "torch", "git_commit", "job", "seal"}
+    assert started.keys() == {"date", "torch", "device", "git_commit", "job", "seal"}
 
 
 def test_a_second_bare_run_gets_the_next_directory(data, in_tmp):
@@ -809,6 +809,30 @@ def test_compiled_training_learns_the_same(data, in_tmp):
     assert np.allclose(losses(Path("eager")), losses(Path("compiled")), atol=1e-4, rtol=0)
     names = load_file("compiled/step_000005/model.safetensors").keys()
     assert names == dict(GPT(tiny_config()).named_parameters()).keys()  # without a prefix
+
+
+@pytest.mark.parametrize("capability, is_said", [((7, 5), True), ((8, 0), False)])
+def test_a_gpu_without_bfloat16_is_said_to_train_in_float32(monkeypatch, capability, is_said):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rt = Runtime(0, 1, torch.device("cuda"), torch.float32)
+    said = train_gpt2.describe_runtime(rt, CONFIG)
+    assert ("no bfloat16, so it trains in float32" in said) == is_said
+
+
+def test_ddp_is_warmed_up_with_the_graph_that_a_step_runs():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    rt = start("cpu", "float32")
+    model = tiny_model()
+    config = replace(CONFIG, micro_batch=2)
+    loss_fn = torch.compile(NextTokenLoss(model), backend=backend, dynamic=False)
+    train_gpt2.warm_up_ddp(loss_fn, model, config, rt)
+    train_gpt2.backward(loss_fn, torch.zeros(4, 33, dtype=torch.long), config, rt, step=0)
+    assert len(graphs) == 1
 
 
 def test_wandb_works_offline_and_a_resumed_run_stays_the_same_run(data, in_tmp):
