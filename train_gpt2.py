@@ -148,7 +148,7 @@ class TrainConfig:
 
     # What is reported and kept. An interval of 0 means never.
 
-    eval_every: int = 250  # updates between two validations
+    eval_every: int = 1000  # updates between two validations
     eval_tokens: int = 10_485_760  # validation tokens read each time, from the start of the split
     hellaswag_every: int = 1000  # updates between two HellaSwag scores
     sample_every: int = 1000  # updates between two samples
