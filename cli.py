@@ -304,6 +304,7 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
             distributed.destroy_process_group()
         if message:
             _write_message(message)
+    handle_stop_signals(lambda signum, frame: None)  # it ends already, and its code is settled
     _close_output()
     sys.exit(code)
 

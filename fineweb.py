@@ -206,7 +206,7 @@ def reason_to_skip(document: Any) -> str | None:
 
 def decode(content: bytes | bytearray) -> str | ValueError:
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")  # without the mark that editors on Windows begin with
     except UnicodeDecodeError:
         return ValueError("not UTF-8")
 

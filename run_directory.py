@@ -50,7 +50,7 @@ from files import (
 )
 from model import GPT, GPTConfig, read_config, read_header
 from optimizer import STATE_OF
-from tokens import check_tokenizer, encoding_for, save_tokenizer
+from tokens import ENCODINGS, check_tokenizer, encoding_for, save_tokenizer
 
 SCHEMA = 2  # of state.json; a newer one is refused
 MODEL_FILES = ("config.json", "model.safetensors")  # what sampling and scoring read
@@ -516,7 +516,9 @@ def resolve_model(name: str | None, warn: Callable[[str], None] = print) -> str:
     None for the newest run under runs/. A checkpoint is verified; other names are left as they are.
     """
     place = Path(name) if name else newest_run()
-    if place.parts[:1] == ("runs",) and not place.exists():  # or it would be looked up on the hub
+    # Below runs/ nothing is looked up on the hub. A folder without any .json never became a run.
+    is_there = place.is_file() or any(place.glob("*.json"))
+    if place.parts[:1] == ("runs",) and not is_there:
         runs = sorted(str(run) for run in Path("runs").glob("*") if is_run(run))
         raise UserError(
             f"{place}: no such run",
@@ -576,6 +578,12 @@ def encoding_of(config: GPTConfig, picked: str) -> tiktoken.Encoding:
     name = None
     if file.is_file():
         name = read_json(file, {"encoding?": (str, type(None))}).get("encoding")
+    if name is not None and name not in ENCODINGS:
+        raise UserError(
+            f"{file}: encoding {name[:80]!r}",
+            expected=f"one of {', '.join(ENCODINGS)}",
+            remedy="use a model that reads one of them",
+        )
     encoding = encoding_for(config.vocab_size, name, picked)
     if Path(picked).is_dir():
         check_tokenizer(Path(picked), encoding)

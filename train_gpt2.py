@@ -98,8 +98,8 @@ class TrainConfig:
     # complete configuration that the other flags override: first-run, finetune, gpt2, gpt2-medium,
     # gpt2-large, gpt2-xl, gpt2-fast
     recipe: str = "gpt2"
-    # directory of token shards, or text: a file, a folder or a glob. Text is tokenised once, into
-    # data/<name>-<hash of the contents>; a file that has changed is tokenised anew, beside it
+    # directory of token shards, or text: a file, a folder, or a glob in quotes. Text is tokenised
+    # once, into data/<name>-<hash of the contents>; changed text is tokenised anew, beside it
     data: str = FINEWEB_EDU_FOLDER
     # encoding for text that has yet to be tokenised; token shards say themselves what they hold
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
@@ -1206,9 +1206,8 @@ def wandb_id(file: Path) -> str:
     if not file.exists():
         write_file(file, secrets.token_hex(4).encode())
     found = read_bytes(file, limit=64)
-    if not re.fullmatch(
-        rb"[0-9a-f]{8}", found
-    ):  # a link may have led to a private file, and this is sent
+    # A link may have led to a private file, and this is sent.
+    if not re.fullmatch(rb"[0-9a-f]{8}", found):
         raise UserError(
             f"{file}: {len(found)} bytes",
             expected="eight hexadecimal digits",

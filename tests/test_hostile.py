@@ -1,0 +1,705 @@
+"""What strangers send and other users plant: runs, models, corpora, names. SECURITY.md says it all.
+
+Each test has a directory outside of what it works on. Nobody may write, delete or create there.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mutate import campaign, limits
+from safetensors.torch import load_file, save_file
+from tools import run_main, save_tiny_model, write_bytes_data
+
+import cli
+import hellaswag
+import plot
+import run_directory
+import sample
+import train_gpt2
+from cli import UserError, exit_code_and_message
+from files import locked
+from run_directory import RunDirectory, load_model
+from tokens import get_encoding, open_data, save_tokenizer, verify
+from train_gpt2 import main
+
+TINY_FLAGS = """
+    --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 128 --micro-batch 4
+    --max-steps 2 --warmup-steps 1 --eval-every 1 --eval-tokens 200 --sample-every 2
+    --save-every 1 --dtype float32 --device cpu --no-compile
+"""
+TINY = TINY_FLAGS.split()
+
+
+class Canary:
+    """A private file in a folder that is none of the program's business."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self.folder = folder
+        self.file = folder / "id_rsa"
+        self.file.write_bytes(b"private key")
+        self.file.chmod(0o600)
+        self.new = folder / "not-there"
+        os.utime(self.file, (1e9, 1e9))
+        os.utime(folder, (1e9, 1e9))
+
+    def check(self) -> None:
+        assert [path.name for path in self.folder.iterdir()] == ["id_rsa"]
+        assert self.file.read_bytes() == b"private key"
+        for path, mode in ((self.file, 0o600), (self.folder, None)):
+            status = path.stat()
+            assert status.st_mtime == 1e9, path
+            assert mode is None or stat.S_IMODE(status.st_mode) == mode, path
+
+
+@pytest.fixture(autouse=True)
+def canary(tmp_path, monkeypatch):
+    """Checked after every test, which has a working directory of its own."""
+    canary = Canary(tmp_path / "canary")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    yield canary
+    canary.check()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_bytes_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A run of two steps, both of them saved, that this user has begun."""
+    folder = tmp_path_factory.mktemp("finished") / "r"
+    assert run_main(main, "--data", data, *TINY, "--keep-best", "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished) -> Path:
+    """A copy of the run, in the working directory."""
+    return Path(shutil.copytree(finished, "r"))
+
+
+@pytest.fixture
+def somebody_else(tmp_path, monkeypatch):
+    """The user that a downloaded run has been begun by was another one."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other-home"))
+
+
+def train(*args) -> int:
+    """The exit code of train_gpt2.py, which may neither hang nor take a lot of memory."""
+    with limits():
+        return run_main(main, *args)
+
+
+def refused(action, *args) -> str:
+    """The one line with which an action ends, which must be an error of the user's kind."""
+    with limits(), pytest.raises((UserError, OSError)) as caught:
+        action(*args)
+    code, message = exit_code_and_message(caught.value, "")
+    assert code == 2
+    assert "\n" not in message
+    return message
+
+
+def last_error(capfd) -> str:
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    return err.rstrip("\n").splitlines()[-1]
+
+
+def resume(folder: Path) -> Path | None:
+    with RunDirectory(folder, 128, writes=True, say=lambda *lines: None) as directory:
+        directory.claim(may_hold_run=True)
+        return directory.newest_checkpoint()
+
+
+def edit_json(file: Path, **changes) -> None:
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | changes))
+
+
+def sign(step: Path) -> None:
+    """Make a checkpoint's manifest agree with its files, as whoever changed them can."""
+    files = {}
+    for file in step.iterdir():
+        if file.name != "manifest.json":
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            files[file.name] = {"size": file.stat().st_size, "sha256": digest}
+    (step / "manifest.json").write_text(json.dumps({"files": files}))
+
+
+def change_train_json(run: Path, **changes) -> None:
+    """Change a run's configuration, and let its checkpoints agree."""
+    edit_json(run / "train.json", **changes)
+    digest = hashlib.sha256((run / "train.json").read_bytes()).hexdigest()
+    for step in run.glob("step_*"):
+        edit_json(step / "state.json", train_json=digest)
+        sign(step)
+
+
+# --------------------------------------------------------------------------- writes through links
+
+PLANTED = [
+    "log.jsonl",
+    "log-1.jsonl",
+    "curves.png",
+    "best.json",
+    "wandb_id",
+    ".lock-holder",
+    ".step_000001.tmp",
+    ".step_000002.tmp",
+    ".anything.tmp",
+    "damaged_step_000002",
+]
+
+
+def plant(folder: Path, name: str, target: Path) -> None:
+    run_directory.remove(folder / name)
+    (folder / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("kind", ["file", "new", "folder"])
+def test_a_new_run_writes_through_no_link(data, canary, kind):
+    """What is there already may point to a private file, to one that is not there, or a folder."""
+    Path("r").mkdir()
+    for name in PLANTED:
+        plant(Path("r"), name, getattr(canary, kind))
+    code = train("--data", data, *TINY, "--keep-best", "--out", "r")
+    if kind == "folder":  # as a log, a folder is refused
+        assert code == 2
+        return
+    assert code == 0
+    canary.check()
+    for name in ("log.jsonl", "curves.png", "best.json"):
+        assert not Path("r", name).is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["file", "new", "folder"])
+def test_a_continued_run_writes_through_no_link(data, run, canary, kind, capfd):
+    (run / "step_000002/model.safetensors").write_bytes(b"")  # so that there is a step to make
+    for name in PLANTED:
+        if name not in ("best.json", "log.jsonl"):
+            plant(run, name, getattr(canary, kind))
+    assert train("--out", "r", "--resume") == 0
+    assert (run / "step_000002/manifest.json").exists()
+
+
+def test_a_dangling_link_as_train_json_is_replaced(data, canary):
+    Path("r").mkdir()
+    Path("r/train.json").symlink_to(canary.new)
+    assert train("--data", data, *TINY, "--out", "r") == 0
+    assert not Path("r/train.json").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["file", "new", "folder"])
+def test_a_link_as_lock_is_refused(canary, kind, data, capfd):
+    Path("r").mkdir()
+    plant(Path("r"), ".lock", getattr(canary, kind))
+    assert train("--data", data, *TINY, "--out", "r") == 2
+    assert "r/.lock" in last_error(capfd)
+
+
+def test_a_second_name_of_a_private_file_as_lock_is_refused(canary):
+    Path("r").mkdir()
+    os.link(canary.file, "r/.lock")
+    message = refused(locked(Path("r")).__enter__)
+    assert "r/.lock: a hard link" in message
+
+
+def test_a_link_planted_as_log_while_training_is_not_written_through(run, canary):
+    plant(run, "log.jsonl", canary.file)
+    with RunDirectory(run, 128, writes=True, say=print) as directory:
+        assert "r/log.jsonl" in refused(directory.log, "train", 1)
+
+
+@pytest.mark.parametrize("kind", ["file", "new", "folder"])
+def test_a_link_planted_where_the_next_checkpoint_is_written_is_replaced(run, canary, kind):
+    plant(run, ".step_000003.tmp", getattr(canary, kind))
+    plant(run, "step_000003", getattr(canary, kind))
+    model, encoding, _ = load_model("r/step_000002")
+    state = json.loads((run / "step_000002/state.json").read_text()) | {"step": 3}
+    run_directory.commit_checkpoint(run, model, encoding, {}, state, keep=9)
+    assert run_directory.fault_of(run / "step_000003") is None
+
+
+@pytest.mark.parametrize("kind", ["file", "new", "folder"])
+def test_a_saved_model_writes_through_no_link(canary, kind):
+    Path("m").mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors", "vocab.json"):
+        plant(Path("m"), name, getattr(canary, kind))
+    save_tiny_model(Path("m"))
+    save_tokenizer(get_encoding("bytes"), "m")
+    assert load_model("m")[1].name == "bytes"
+
+
+def test_a_linked_checkpoint_is_neither_read_nor_removed(run, canary):
+    (run / "step_000003").symlink_to(canary.folder)
+    assert resume(run) == run / "step_000002"
+    run_directory.prune(run, keep=1)
+    assert (run / "step_000003").is_symlink()
+
+
+def test_a_linked_best_checkpoint_is_not_read(run, canary):
+    shutil.copytree(run / "step_000002", "elsewhere")
+    (run / "step_000003").symlink_to(Path("elsewhere").resolve())
+    (run / "best.json").write_text('{"step": 3, "val_loss": 0.5}')
+    assert load_model("r", lambda line: None)[2] == "r/step_000002"
+
+
+def test_a_manifest_leads_to_no_file_outside(run, canary):
+    manifest = run / "step_000002/manifest.json"
+    files = json.loads(manifest.read_text())["files"]
+    for name in ("../../canary/id_rsa", str(canary.file), ".."):
+        manifest.write_text(json.dumps({"files": files | {name: {"size": 11, "sha256": "0"}}}))
+        assert "not a plain file name" in run_directory.fault_of(run / "step_000002")
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> list[dict]:
+    """A stand-in for wandb that keeps what its runs are started with."""
+    started = []
+    module = types.ModuleType("wandb")
+    module.Error = type("Error", (Exception,), {})
+    module.init = lambda **settings: started.append(settings)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return started
+
+
+@pytest.mark.parametrize("kind", ["file", "new", "folder"])
+def test_a_linked_wandb_id_is_neither_written_nor_sent(run, canary, wandb, kind):
+    plant(run, "wandb_id", getattr(canary, kind))
+    config = train_gpt2.RECIPES["first-run"]
+    if kind == "new":
+        train_gpt2.open_wandb(config, run)
+        assert not (run / "wandb_id").is_symlink()
+        assert wandb[0]["id"] == (run / "wandb_id").read_text()
+    else:
+        assert "r/wandb_id" in refused(train_gpt2.open_wandb, config, run)
+        assert not wandb
+
+
+def test_a_linked_wandb_folder_is_refused(run, canary, wandb):
+    plant(run, "wandb", canary.folder)
+    assert "r/wandb" in refused(train_gpt2.open_wandb, train_gpt2.RECIPES["first-run"], run)
+    assert not wandb
+
+
+def test_a_run_inside_a_checkpoint_is_refused(run, data, capfd):
+    before = sorted(run.rglob("*"))
+    for out in ("r/step_000002", "r/step_000002/deep/er"):
+        assert train("--data", data, *TINY, "--out", out) == 2
+        assert "inside the checkpoint" in last_error(capfd)
+    assert sorted(run.rglob("*")) == before
+
+
+# ------------------------------------------------------- what a stranger's configuration may decide
+
+
+def test_the_same_user_continues_without_more_flags_also_from_another_place(run):
+    assert train("--out", "r", "--resume") == 0
+    run.rename("moved")
+    assert train("--out", "moved", "--resume") == 0
+
+
+def test_a_strangers_run_does_not_choose_the_data(run, canary, somebody_else, capfd):
+    change_train_json(run, data=str(canary.file))
+    assert train("--out", "r", "--resume") == 2
+    message = last_error(capfd)
+    assert "r/train.json: names --data" in message
+    assert not Path("data").exists()  # nothing was tokenised
+
+
+@pytest.fixture
+def text_run(data, somebody_else) -> Path:
+    """A run on a text, begun by somebody else."""
+    Path("text.txt").write_text("to be or not to be, " * 100)
+    assert train("--data", "text.txt", *TINY, "--out", "r") == 0
+    return Path("r")
+
+
+def test_a_strangers_run_goes_on_with_data_from_the_command_line(text_run, monkeypatch, capfd):
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(Path("home").resolve()))
+    assert train("--out", "r", "--resume") == 2
+    assert "r/train.json: names --data 'text.txt'" in last_error(capfd)
+    assert train("--out", "r", "--resume", "--data", "text.txt") == 0
+
+
+def test_shards_that_a_run_knows_by_their_fingerprint_need_no_flag(run, data, somebody_else, capfd):
+    """As on a new machine with the same disks. Whoever knows the fingerprint has the data."""
+    assert train("--out", "r", "--resume") == 0
+    shutil.copytree(data, "private")
+    with open("private/text_val_000000.bin", "r+b") as f:
+        f.seek(-2, os.SEEK_END)
+        f.write(b"\1\0")
+    change_train_json(run, data="private")
+    assert train("--out", "r", "--resume") == 2
+    assert "names --data 'private'" in last_error(capfd)
+
+
+def test_a_changed_value_breaks_the_users_seal(run, canary, capfd):
+    change_train_json(run, data=str(canary.file))
+    assert train("--out", "r", "--resume") == 2
+    assert "r/train.json: names --data" in last_error(capfd)
+
+
+@pytest.mark.parametrize("changes", [{"init_from": "some/model"}, {"wandb": True}])
+def test_a_strangers_run_starts_no_download_and_no_login(
+    run, data, somebody_else, wandb, changes, monkeypatch, capfd
+):
+    monkeypatch.setattr("model._download", lambda *args, **more: pytest.fail("contacted the hub"))
+    change_train_json(run, **changes)
+    for step in run.glob("step_*"):
+        shutil.rmtree(step)
+    assert train("--out", "r", "--resume", "--data", data) == 2
+    (name,) = changes
+    assert f"names --{name.replace('_', '-')}" in last_error(capfd)
+    assert not wandb
+
+
+def test_a_strangers_config_does_not_choose_the_data(run, canary, somebody_else, capfd):
+    change_train_json(run, data=str(canary.file))
+    assert train("--config", "r/train.json") == 2
+    assert "r/train.json: names --data" in last_error(capfd)
+    assert not Path("runs").exists()
+
+
+def test_a_strangers_config_does_not_choose_where_and_whether_a_run_is_made(
+    run, data, canary, somebody_else
+):
+    change_train_json(run, out=str(canary.folder), resume=True, eval_only=True, dry_run=True)
+    assert train("--config", "r/train.json", "--data", data) == 0
+    assert Path("runs/first-run/train.json").exists()
+
+
+@pytest.mark.parametrize("recipe", ["../../canary", "/tmp", "..", "", "a\0b"])
+def test_a_recipe_is_a_name_and_no_path(run, data, recipe, capfd):
+    change_train_json(run, recipe=recipe)
+    assert train("--config", "r/train.json", "--data", data) == 2
+    assert "--recipe" in last_error(capfd)
+
+
+def test_the_key_of_the_seals_is_the_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    key = run_directory.seal_key()
+    file = tmp_path / "state/pygpt2/key"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert run_directory.seal_key() == key
+
+
+def test_without_a_place_for_the_key_training_works_and_a_resume_needs_the_flag(monkeypatch, capfd):
+    Path("file").write_text("")
+    Path("text.txt").write_text("to be or not to be, " * 100)
+    monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").resolve()))
+    assert train("--data", "text.txt", *TINY, "--out", "r") == 0
+    assert train("--out", "r", "--resume") == 2
+    assert "--data" in last_error(capfd)
+    assert train("--out", "r", "--resume", "--data", "text.txt") == 0
+
+
+def test_a_restart_by_torchrun_needs_no_key(monkeypatch):
+    Path("file").write_text("")
+    Path("text.txt").write_text("to be or not to be, " * 100)
+    monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").resolve()))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    flags = ("--data=text.txt", *TINY, "--out", "r")
+    assert train(*flags) == 0
+    for count, code in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert train("--out", "r", "--resume") == code
+
+
+# --------------------------------------------------------------------- files that are none, or huge
+
+
+def replace_by(kind: str, file: Path) -> None:
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "huge":  # it takes no room on the disk
+        with open(file, "wb") as f:
+            f.truncate(2**40)
+
+
+KINDS = ["fifo", "device", "folder", "huge"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["train.json", "log.jsonl", "best.json"])
+def test_a_run_with_something_else_for_a_file(run, name, kind, capfd):
+    replace_by(kind, run / name)
+    assert train("--out", "r", "--resume") == 2
+    assert f"r/{name}" in last_error(capfd)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_with_something_else_for_a_file(run, kind):
+    """It is passed over for the older one, both to sample from and to continue."""
+    names = [file.name for file in (run / "step_000002").iterdir()]
+    (run / "best.json").unlink()
+    for name in names:
+        shutil.rmtree(run / "step_000002")
+        shutil.copytree(run / "step_000001", run / "step_000002")
+        edit_json(run / "step_000002/state.json", step=2)
+        sign(run / "step_000002")
+        replace_by(kind, run / "step_000002" / name)
+        said = []
+        with limits():
+            if name in (*run_directory.MODEL_FILES, "manifest.json"):
+                assert load_model("r", said.append)[2] == "r/step_000001"
+            assert resume(run) == run / "step_000001"
+        assert name in run_directory.fault_of(run / "damaged_step_000002")
+        shutil.copytree(run / "step_000001", run / "step_000002")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json", "merges.txt"])
+def test_a_model_with_something_else_for_a_file(run, name, kind):
+    model = run / "step_000002"
+    (model / "manifest.json").unlink()
+    replace_by(kind, model / name)
+    assert name in refused(load_model, str(model))
+
+
+@pytest.mark.parametrize("encoding", [[], {}, 5, True, "gpt5", "../x", ["gpt2"]])
+def test_an_encoding_that_is_no_name_is_refused(run, encoding):
+    (run / "step_000002/manifest.json").unlink()
+    edit_json(run / "step_000002/config.json", encoding=encoding)
+    message = refused(load_model, "r/step_000002")
+    assert "config.json" in message and "encoding" in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "text_train_000001.bin", "00000_unshuffled.ds.metadata"]
+)
+def test_a_corpus_with_something_else_for_a_file(data, name, kind):
+    if name.endswith(".metadata"):
+        Path("d").mkdir()
+        Path("d/00000_unshuffled.ds").write_bytes(b"\0" * 4000)
+        Path("d", name).write_text("gpt2|2\n2000")
+    else:
+        shutil.copytree(data, "d")
+    replace_by(kind, Path("d", name))
+    for read in (open_data, verify):
+        assert name in refused(read, Path("d"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_and_items_and_logs_that_are_none(run, kind, capfd):
+    Path("items.jsonl").write_text("{}")
+    replace_by(kind, Path("items.jsonl"))
+    assert "items.jsonl" in refused(hellaswag.load_items, Path("items.jsonl"))
+    replace_by(kind, run / "log.jsonl")
+    assert "log.jsonl" in refused(plot.read_run, run, lambda line: None)
+    if kind in ("fifo", "device"):
+        assert train("--data", "items.jsonl", *TINY, "--out", "q") == 2
+        assert "items.jsonl" in last_error(capfd)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '"x"', "3", "null", "[" * 200_000])
+@pytest.mark.parametrize("name", ["best.json", "train.json"])
+def test_other_json_is_one_line_before_anything_is_changed(run, name, content, capfd):
+    (run / name).write_text(content)
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("step_*/*")}
+    assert train("--out", "r", "--resume") == 2
+    assert f"r/{name}" in last_error(capfd)
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("step_*/*")} == before
+
+
+# ------------------------------------------------------------------------------------- exhaustion
+
+
+def write_header(file: Path, entries: dict, size: int = 0) -> None:
+    """A safetensors file with this header, and `size` bytes of zeros that take no room."""
+    header = json.dumps(entries).encode()
+    with open(file, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.truncate(8 + len(header) + size)
+
+
+def test_a_header_of_a_million_tensors_is_refused_by_its_length(run):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    entries = {f"a{i}": entry for i in range(200_000)}
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        write_header(run / "step_000002" / name, entries)
+    assert "a header of" in refused(run_directory.read_optimizer_tensors, run / "step_000002")
+    (run / "step_000002/manifest.json").unlink()
+    assert "a header of" in refused(load_model, "r/step_000002")
+
+
+@pytest.mark.parametrize(
+    "name, dtype, shape",
+    [
+        ("transformer.wte.weight.exp_avg", "F32", [2**12, 2**13]),
+        ("transformer.wte.weight.exp_avg", "F8_E4M3", [257, 32]),
+        ("transformer.wte.weight.exp_avg", "I32", [257, 32]),
+        ("transformer.wte.weight.unknown", "F32", [257, 32]),
+        ("another.exp_avg", "F32", [257, 32]),
+    ],
+)
+def test_optimizer_state_of_another_shape_or_type_is_refused_unread(run, name, dtype, shape):
+    bytes_of = {"F32": 4, "I32": 4, "F8_E4M3": 1}[dtype]
+    size = bytes_of * shape[0] * shape[1]
+    file = run / "step_000002/optimizer.safetensors"
+    write_header(file, {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}, size)
+    message = refused(run_directory.read_optimizer_tensors, run / "step_000002")
+    assert "optimizer.safetensors" in message and name in message
+
+
+def test_integers_in_the_optimizers_state_are_passed_over_on_resume(run):
+    """Their bits would be read as numbers of another size, or give NaN much later."""
+    file = run / "step_000002/optimizer.safetensors"
+    tensors = load_file(file)
+    relabelled = {name: tensor.view(torch.int32).clone() for name, tensor in tensors.items()}
+    save_file(relabelled, file)
+    sign(run / "step_000002")
+    assert resume(run) == run / "step_000001"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_layer": 10**9},
+        {"n_embd": 10**9},
+        {"total_batch_tokens": 2**62},
+        {"max_steps": 2**62},
+        {"micro_batch": 2**62},
+        {"optimizer": "sgd"},
+        {"schedule": "constant"},
+        {"tokenizer": "gpt5"},
+        {"dtype": "float4"},
+    ],
+)
+def test_a_configuration_beyond_sense_is_refused(run, changes, capfd):
+    """The run has no checkpoint, so that the model would be made as the configuration says."""
+    for step in run.glob("step_*"):
+        shutil.rmtree(step)
+    change_train_json(run, **changes)
+    assert train("--out", "r", "--resume") == 2
+    (name, *_) = changes
+    assert name.replace("_", "-") in last_error(capfd).replace("_", "-")
+
+
+def test_a_model_larger_than_the_memory_is_one_line(run, capfd):
+    for step in run.glob("step_*"):
+        shutil.rmtree(step)
+    change_train_json(run, n_layer=400, n_embd=2**16)
+    assert train("--out", "r", "--resume") == 2
+    assert "expected the work to fit in memory" in last_error(capfd)
+
+
+# ------------------------------------------------------------------------- names and the terminal
+
+EVIL = "$\\write18{touch x}$ \x1b]0;title\x07 '; touch y; '\u202eevil"
+
+
+class Terminal:
+    """A stream that says it is a terminal."""
+
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_run_directory_with_a_hostile_name(data, monkeypatch):
+    """It is trained, drawn, shown without control characters, and quoted where it is offered."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with contextlib.suppress(AttributeError):  # a stand-in cannot be reconfigured
+        terminal.reconfigure = lambda **settings: None
+    assert train("--data", data, *TINY, "--out", EVIL) == 0
+    assert not Path("x").exists() and not Path("y").exists()
+    assert Path(EVIL, "curves.png").stat().st_size > 1000
+    assert "\x1b" not in terminal.text and "\x07" not in terminal.text
+    assert "\u202e" not in terminal.text
+    assert "'\"'\"'; touch y; '\"'\"'" in terminal.text
+
+
+def test_a_name_of_two_lines_makes_no_second_line(data, capfd):
+    name = "r\nerror: all is well"
+    Path(name).mkdir()
+    Path(name, "train.json").write_text("{}")
+    assert train("--data", data, *TINY, "--out", name) == 2
+    err = capfd.readouterr().err
+    assert "\nerror: all is well" not in err
+    assert err.count("\n") == 1
+
+
+def test_names_in_files_reach_a_terminal_escaped(run, monkeypatch):
+    """Here a tensor's; it is part of an error."""
+    terminal = Terminal()
+    tensors = {"\x1b]52;c;ZXZpbA==\x07": torch.zeros(1)}
+    save_file(tensors, run / "step_000002/model.safetensors")
+    (run / "step_000002/manifest.json").unlink()
+    message = refused(load_model, "r/step_000002")
+    assert "\x1b" not in cli.printable(message, terminal)
+    assert "\x07" not in cli.printable(message, terminal)
+
+
+# -------------------------------------------------------------------------------- code in data
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "train.npy"])
+def test_a_pickle_is_never_loaded(canary, name):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {canary.new}",)
+
+    folder = save_tiny_model(Path("m"))
+    (folder / "model.safetensors").unlink()
+    if name == "train.npy":
+        np.save(folder / name, np.array([Attack()], dtype=object), allow_pickle=True)
+        assert name in refused(open_data, folder)
+    else:
+        torch.save({"a": Attack()}, folder / name)
+        assert "model.safetensors" in refused(load_model, str(folder))
+
+
+def test_a_hub_name_leads_nowhere_else():
+    for name in ("../canary", "a/../../canary", "a/b/../c", "..", "a\\..\\b", "file:///etc"):
+        assert "name" in refused(load_model, name)
+
+
+def test_sampling_writes_nothing(run, capfd):
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    flags = ("--model", "r", "--max-new-tokens", 2, "--num-samples", 1, "--device", "cpu")
+    assert run_main(sample.main, *flags) == 0
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
+# ------------------------------------------------------------------------------------ at random
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_randomly_damaged_files_are_read_as_they_were_or_refused_by_name(flips):
+    """A few of the cases of `python tests/mutate.py`; a finding names the seed that repeats it."""
+    reads, findings = campaign(files=25, seed=1234, flips=flips)
+    assert reads >= 25
+    assert findings == []
