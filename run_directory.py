@@ -603,7 +603,7 @@ def prune(run: Path, keep: int) -> None:
     for folder in step_directories(run)[:-keep]:
         if folder != best:
             (folder / "manifest.json").unlink(missing_ok=True)  # half-removed, it is never valid
-            shutil.rmtree(folder)
+            remove(folder)
 
 
 def set_aside(folder: Path) -> None:
@@ -616,7 +616,10 @@ def set_aside(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, a directory or a link (never what the link points to), if it is there."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # it names files without their folder
+            raise OSError(error.errno, error.strerror, str(path)) from None
     elif os.path.lexists(path):
         path.unlink()
 

@@ -1,0 +1,599 @@
+"""Several processes, agents and hosts: how they meet, and what happens when one of them is lost.
+
+Slurm, and hosts with a network of their own, are brought up on this machine where it allows that.
+The rest runs everywhere.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from tools import ROOT, read_log, run_python, torchrun, write_bytes_data
+
+import process_group
+
+BIN = Path(sys.executable).parent  # where torchrun is
+ON_LINUX = sys.platform == "linux"
+AS_ROOT = ON_LINUX and os.geteuid() == 0
+
+
+# --------------------------------------------------------------------------------- a tiny run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_bytes_data(tmp_path_factory.mktemp("cluster") / "data")
+
+
+def flags(data: Path, out: Path, **changes) -> list[str]:
+    """A run without an end, of steps of a few milliseconds, that saves every 50 of them."""
+    values = {
+        "recipe": "first-run",
+        "data": data,
+        "out": out,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 32,
+        "seq_len": 32,
+        "total_batch_tokens": 256,
+        "micro_batch": 4,
+        "max_steps": 1_000_000,
+        "warmup_steps": 10,
+        "eval_every": 0,
+        "sample_every": 0,
+        "save_every": 50,
+        "keep": 10_000,
+        "device": "cpu",
+        "dtype": "float32",
+    } | changes
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return [*arguments, "--resume"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def agents(*commands: list[str], log: Path, env: dict | None = None) -> Iterator[list]:
+    """torchrun agents that run side by side; whatever is left of them in the end is killed."""
+    started = []
+    with log.open("wb") as output:
+        for command in commands:
+            started.append(start_agent(command, output, env))
+        try:
+            yield started
+        finally:
+            for agent in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(agent.pid, signal.SIGKILL)
+                agent.wait()
+
+
+def start_agent(command: list[str], output, env: dict | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=output,
+        stderr=output,
+        env=os.environ | (env or {}),
+        start_new_session=True,
+    )
+
+
+def agent_command(port: int, nodes: str, arguments: list[str]) -> list[str]:
+    """One of several agents that meet at a port of this machine, with one worker each."""
+    return [
+        BIN / "torchrun",
+        f"--nnodes={nodes}",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        f"--rdzv-id=job{port}",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--local-addr=127.0.0.1",
+        "--rdzv-conf=last_call_timeout=2",  # seconds for which it waits for more agents
+        ROOT / "train_gpt2.py",
+        *arguments,
+    ]
+
+
+def workers(out: Path) -> list[int]:
+    """The processes that train into a run directory, as torchrun has started them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes()
+            is_worker = f"--out={out}\0".encode() in arguments and b"\0LOCAL_RANK=" in environment
+            if is_worker and b"torchrun" not in arguments:
+                found.append(int(folder.name))
+    return found
+
+
+def wait_for(condition: Callable[[], bool], what: str, log: Path, limit: float = 150) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"no {what} within {limit} s:\n{log.read_text()[-5000:]}")
+        time.sleep(0.1)
+
+
+def last_step(out: Path) -> int:
+    if not (out / "log.jsonl").exists():
+        return 0
+    steps = re.findall(r'"train", "step": (\d+)', (out / "log.jsonl").read_text())
+    return int(steps[-1]) if steps else 0
+
+
+def wait_for_steps(out: Path, first: int, log: Path) -> None:
+    """Wait until the run has made more steps than that, and 20 more."""
+    wait_for(lambda: last_step(out) > first + 20, f"step after {first}", log)
+
+
+def kill_a_worker(out: Path, log: Path) -> None:
+    """kill -9 for one worker; returns once all workers of that attempt are gone."""
+    old = workers(out)
+    os.kill(old[-1], signal.SIGKILL)
+    wait_for(lambda: not set(old) & set(workers(out)), "end of the other workers", log)
+
+
+def check_log(out: Path) -> None:
+    """Each step stands in the log once, in order."""
+    steps = [entry["step"] for entry in read_log(out, "train")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+needs_proc = pytest.mark.skipif(not ON_LINUX, reason="finds workers by Linux's /proc")
+
+
+# -------------------------------------------------------------------------------------- meeting
+
+
+def test_ranks_agree_on_a_name_whatever_earlier_attempts_have_left():
+    """The store holds the calls and answers of three attempts, in two of which a rank was lost."""
+    store = dist.HashStore()
+    names = []
+    for lost in (None, 1, None):
+        answers = [""] * 3
+
+        def meet(rank: int, answers: list[str] = answers) -> None:
+            answers[rank] = process_group.agree_on_name(store, rank, 3, "here")
+
+        if lost is not None:  # its rank 2 called, and rank 0 never heard of rank 1
+            store.set("call/2", "a token of a process that died")
+            continue
+        threads = [threading.Thread(target=meet, args=[rank]) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers[0] and set(answers) == {answers[0]}
+        names.append(answers[0])
+    assert len(set(names)) == 2  # no attempt has the name of another one
+
+
+SHORT_WAITS = """
+import sys, time, os, signal
+import cli, process_group, runtime
+from datetime import timedelta
+process_group.FIRST_WORD_SECONDS = 0.1
+process_group.HEARTBEAT_SECONDS = 0.5
+"""
+
+
+def ranks_script(folder: Path, code: str) -> Path:
+    script = folder / "ranks.py"
+    script.write_text(f"{SHORT_WAITS}\n{code}")
+    return script
+
+
+def test_a_rank_without_peers_names_them_and_ends(tmp_path):
+    script = ranks_script(
+        tmp_path,
+        "process_group.MEETING_SECONDS = 2\n"
+        "cli.run_script(lambda: runtime.start('cpu', 'float32'))\n",
+    )
+    port = str(free_port())
+    address = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = run_python(script, env=address | {"RANK": "0"})
+    assert done.returncode == 2
+    assert f"waits at 127.0.0.1:{port} for rank 1, 2 of 3" in done.stdout
+    assert done.stderr.count("\n") == 1 and "for rank 1, 2 of 3" in done.stderr
+    done = run_python(script, env=address | {"RANK": "2"})
+    assert done.returncode == 2
+    assert f"waits for rank 0 at 127.0.0.1:{port}" in done.stdout
+    assert done.stderr.count("\n") == 1 and "Connection refused" in done.stderr
+
+
+def test_world_size_without_an_address_is_refused(tmp_path):
+    script = ranks_script(tmp_path, "cli.run_script(lambda: runtime.start('cpu', 'float32'))\n")
+    done = run_python(script, env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: WORLD_SIZE is 2, without MASTER_ADDR or MASTER_PORT")
+
+
+def test_a_rank_that_waits_ends_on_sigterm(tmp_path):
+    script = ranks_script(tmp_path, "cli.run_script(lambda: runtime.start('cpu', 'float32'))\n")
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    waiting = subprocess.Popen(
+        [sys.executable, script],
+        env=os.environ | address | {"RANK": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert "waits at" in waiting.stdout.readline()
+    waiting.terminate()
+    waiting.communicate(timeout=60)
+    assert waiting.returncode == 128 + signal.SIGTERM
+
+
+# ------------------------------------------------------------------------- collectives, lost ranks
+
+
+def test_rank_0_may_work_alone_for_longer_than_a_collective_may_take(tmp_path):
+    script = ranks_script(
+        tmp_path,
+        "process_group.COLLECTIVE_TIMEOUT = timedelta(seconds=3)\n"
+        "def main():\n"
+        "    rt = runtime.start('cpu', 'float32')\n"
+        "    def work():\n"
+        "        time.sleep(6)\n"
+        "        return 'done by 0'\n"
+        "    assert rt.on_main(work) == 'done by 0'\n"
+        "    assert rt.on_main(lambda: 'again') == 'again'\n"
+        "cli.run_script(main)\n",
+    )
+    done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("halted, other", [(1, 0), (0, 1)])
+def test_a_halted_rank_is_named_and_ends_the_others(tmp_path, halted, other):
+    """It is alive, and its connections are open, but it does nothing any more."""
+    script = ranks_script(
+        tmp_path,
+        "def main():\n"
+        "    rt = runtime.start('cpu', 'float32')\n"
+        f"    if rt.rank == {halted}:\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    rt.gather(rt.rank)\n"
+        "cli.run_script(main)\n",
+    )
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | address | {"RANK": str(rank)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen([sys.executable, script], env=environment, **pipes))
+    try:
+        stdout, stderr = ranks[other].communicate(timeout=120)
+    finally:
+        ranks[halted].kill()
+        ranks[halted].communicate()
+    assert ranks[other].returncode == 2
+    # Rank 0 is the store's host here, and it is the store that rank 1 misses first.
+    missed = "rank 1" if halted == 1 else "the store at 127.0.0.1"
+    heard = rf"rank {other} on \S+ has heard nothing of {missed}.* for"
+    assert re.search(f"warning: {heard}", stdout)
+    assert re.search(f"^error: {heard}", stderr, re.MULTILINE)
+
+
+def test_a_rank_that_has_finished_is_not_missed(tmp_path):
+    script = ranks_script(
+        tmp_path,
+        "def main():\n"
+        "    rt = runtime.start('cpu', 'float32')\n"
+        "    if rt.is_main:\n"
+        "        time.sleep(6)\n"
+        "cli.run_script(main)\n",
+    )
+    done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr
+    assert "has heard nothing" not in done.stdout + done.stderr
+
+
+@needs_proc
+def test_workers_end_when_torchrun_is_killed(data, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "output"
+    command = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", ROOT / "train_gpt2.py"]
+    with agents([*command, *flags(data, out)], log=log) as (agent,):
+        wait_for_steps(out, 0, log)
+        agent.kill()
+        wait_for(lambda: "stopped after step" in log.read_text(), "stop", log)
+        wait_for(lambda: not workers(out), "end of the workers", log)
+    check_log(out)
+    saved = [entry["step"] for entry in read_log(out, "save")]
+    assert saved[-1] == last_step(out)  # they were asked to stop, and saved first
+
+
+# ----------------------------------------------------------------------------------- restarts
+
+
+@needs_proc
+@pytest.mark.parametrize("number_of_agents", [1, 2])
+def test_killed_workers_are_replaced_and_the_run_goes_on(data, tmp_path, number_of_agents):
+    out, log = tmp_path / "run", tmp_path / "output"
+    if number_of_agents == 1:
+        launcher = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+        commands = [[*launcher, ROOT / "train_gpt2.py", *flags(data, out)]]
+    else:
+        commands = [agent_command(free_port(), "2", flags(data, out))] * 2
+    with agents(*commands, log=log):
+        wait_for_steps(out, 0, log)
+        for _ in range(2):
+            kill_a_worker(out, log)
+            wait_for_steps(out, last_step(out), log)
+    check_log(out)
+
+
+@needs_proc
+def test_a_machine_joins_a_running_job_and_leaves_it(data, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "output"
+    command = agent_command(free_port(), "1:2", flags(data, out))
+    # torch 2.13 tells an agent that joins later no address without this.
+    separate = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with agents(command, log=log, env=separate) as started, log.open("ab") as output:
+        wait_for_steps(out, 0, log)
+        assert len(workers(out)) == 1
+        started.append(start_agent(command, output, separate))
+        wait_for(lambda: len(workers(out)) == 2, "second worker", log)
+        wait_for(lambda: " 2 ranks" in log.read_text(), "run on two ranks", log)
+        wait_for_steps(out, last_step(out), log)
+        started[1].terminate()
+        started[1].wait(60)
+        wait_for(lambda: len(workers(out)) == 1, "end of the second worker", log)
+        wait_for(lambda: log.read_text().count(" 1 rank,") == 2, "run on one rank again", log)
+        wait_for_steps(out, last_step(out), log)
+    check_log(out)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("--data=/not/there", "/not/there: no such file"),
+        ("--max-stepss=5", "--max-stepss"),
+    ],
+)
+def test_bad_input_is_said_once_and_uses_up_no_restarts(data, tmp_path, wrong, message):
+    """A restart ends before it imports torch. torchrun repeats the message when it gives up."""
+    arguments = [*flags(data, tmp_path / "run"), wrong]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    done = run_python("-m", *launcher, ROOT / "train_gpt2.py", *arguments)
+    assert done.returncode == 1
+    said, _, summary = done.stderr.partition("ChildFailedError")
+    if wrong == "--max-stepss=5":
+        assert said.count("╭") == 1  # tyro draws a box around what it says
+        assert message in said
+        assert "rank 0 has said above why it ends" in summary
+    else:
+        assert len(re.findall(f"^error: .*{re.escape(message)}", said, re.MULTILINE)) == 1
+        assert message in summary
+
+
+# -------------------------------------------------------------------------------------- Slurm
+
+SLURM = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SlurmdParameters=config_overrides
+ReturnToService=2
+StateSaveLocation={folder}
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+PartitionName=main Nodes=n[1-2] Default=YES
+"""
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.fixture
+def slurm_cluster(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A Slurm of two nodes on this machine; yields the folder of its files."""
+    if not AS_ROOT or not shutil.which("slurmctld") or not shutil.which("munged"):
+        pytest.skip("needs root, slurmctld and munged (Debian: slurm-wlm, munge)")
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    configuration = folder / "slurm.conf"
+    ports = [free_port() for _ in range(3)]
+    configuration.write_text(SLURM.format(host=socket.gethostname(), folder=folder, ports=ports))
+    monkeypatch.setenv("SLURM_CONF", str(configuration))
+    monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+    hosts = Path("/etc/hosts")
+    known = hosts.read_text()
+    try:
+        if " n1 n2" not in known:
+            hosts.write_text(f"{known.rstrip()}\n127.0.0.1 n1 n2\n")
+        start_munge()
+        subprocess.run(["slurmctld"], check=True)
+        for node in ("n1", "n2"):
+            subprocess.run(["slurmd", "-N", node], check=True)
+        log = folder / "slurmctld.log"
+        try:
+            wait_for(lambda: "idle" in slurm("sinfo", "-h", "-o", "%T"), "Slurm", log, limit=30)
+        except (subprocess.SubprocessError, pytest.fail.Exception) as error:
+            pytest.skip(f"Slurm does not come up here: {error}")
+        yield folder
+        slurm("scancel", "--user=root")
+        wait_for(lambda: not slurm("squeue", "-h"), "end of all jobs", log, limit=60)
+    finally:
+        for file in folder.glob("*.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(file.read_text()), signal.SIGTERM)
+        hosts.write_text(known)
+
+
+def start_munge() -> None:
+    """Slurm's processes know each other by munge. It stays when the tests are over."""
+    if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
+        return
+    Path("/run/munge").mkdir(exist_ok=True)
+    shutil.chown("/run/munge", "munge", "munge")
+    subprocess.run(["su", "munge", "-s", "/bin/sh", "-c", "munged"], check=True)
+
+
+def page_script(folder: Path, arguments: list[str]) -> Path:
+    """The sbatch script of docs/scaling.md, made small enough for this machine."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.DOTALL)
+    for written, here in {
+        "--nodes=8": "--nodes=2",
+        " --gpus-per-node=8": "",
+        "--cpus-per-task=64": "--cpus-per-task=1",
+        "--nproc-per-node=8": "--nproc-per-node=1",
+        "OMP_NUM_THREADS=8": "OMP_NUM_THREADS=1",
+        "--signal=TERM@180": "--signal=TERM@90",
+        "logs/%x-%j.out": f"{folder}/output",
+        ":29500": f":{free_port()}",
+        "train_gpt2.py --recipe gpt2-xl --out runs/gpt2-xl --resume": " ".join(
+            ["train_gpt2.py", *arguments]
+        ),
+    }.items():
+        assert written in script
+        script = script.replace(written, here)
+    file = folder / "page.sh"
+    file.write_text(script)
+    return file
+
+
+def test_the_pages_slurm_script_survives_what_a_cluster_does(slurm_cluster, data, tmp_path):
+    """A worker killed, the time limit, the next job of the chain, a requeue: nothing is lost."""
+    out, log = tmp_path / "run", tmp_path / "output"
+    log.touch()
+    script = page_script(tmp_path, flags(data, out))
+    jobs = []
+    for _ in range(2):
+        answer = slurm("sbatch", f"--chdir={ROOT}", str(script))
+        jobs.append(answer.split()[-1])
+    wait_for_steps(out, 0, log)
+    assert len(workers(out)) == 2
+    assert "Dependency" in slurm("squeue", "-h", "-j", jobs[1], "-o", "%r")
+
+    kill_a_worker(out, log)
+    wait_for_steps(out, last_step(out), log)
+
+    # A limit that is nearer than the warning: Slurm sends SIGTERM when it looks next.
+    slurm("scontrol", "update", f"JobId={jobs[0]}", "TimeLimit=2")
+    # The state is that of torchrun, which exits with 1 when it was told to stop.
+    wait_for(lambda: state(jobs[0]) == "FAILED", "end of the first job", log)
+    assert "stopped after step" in log.read_text()
+
+    wait_for(lambda: state(jobs[1]) == "RUNNING", "start of the second job", log)
+    wait_for_steps(out, last_step(out), log)
+    slurm("scontrol", "requeue", jobs[1])
+    wait_for(lambda: state(jobs[1]) == "PENDING", "requeue", log)
+    slurm("scontrol", "update", f"JobId={jobs[1]}", "StartTime=now")
+    wait_for(lambda: state(jobs[1]) == "RUNNING", "start of the requeued job", log)
+    wait_for_steps(out, last_step(out), log)
+    slurm("scancel", jobs[1])
+    wait_for(lambda: not workers(out), "end of the second job", log)
+    check_log(out)
+    check_weights(out, data, tmp_path)
+
+
+def state(job: str) -> str:
+    return re.search(r"JobState=(\w+)", slurm("scontrol", "show", "job", job))[1]
+
+
+def check_weights(out: Path, data: Path, folder: Path) -> None:
+    """The newest checkpoint of a run holds the weights that an undisturbed run has at that step."""
+    steps = sorted(out.glob("step_*"))
+    undisturbed, log = folder / "undisturbed", folder / "undisturbed.log"
+    newest = [step for step in steps if int(step.name.removeprefix("step_")) % 50 == 0][-1]
+    launcher = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", ROOT / "train_gpt2.py"]
+    with agents([*launcher, *flags(data, undisturbed)], log=log):
+        same = undisturbed / newest.name
+        wait_for(same.exists, f"checkpoint {newest.name}", log)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            assert (same / name).read_bytes() == (newest / name).read_bytes()
+
+
+# ------------------------------------------------------------------------ hosts with a network
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[dict[str, str]]:
+    """Network namespaces as hosts: names and addresses. A bridge connects them."""
+    if not AS_ROOT or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2")
+    hosts = {"pygpt2a": "10.77.0.1", "pygpt2b": "10.77.0.2"}
+    commands = ["link add pygpt2br type bridge", "link set pygpt2br up"]
+    for name, address in hosts.items():
+        commands += [
+            f"netns add {name}",
+            f"link add v{name} type veth peer name eth0 netns {name}",
+            f"link set v{name} master pygpt2br up",
+            f"-n {name} link set lo up",
+            f"-n {name} addr add {address}/24 dev eth0",
+            f"-n {name} link set eth0 up",
+        ]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: ip {command}: {done.stderr.strip()}")
+        yield hosts
+    finally:
+        for command in ("netns del pygpt2a", "netns del pygpt2b", "link del pygpt2br"):
+            subprocess.run(["ip", *command.split()], capture_output=True)
+
+
+def test_two_hosts_train_are_cut_off_and_go_on(two_hosts, data, tmp_path):
+    """The cable of one host is pulled. A heartbeat notices, and the other ends or goes on alone."""
+    out, log = tmp_path / "run", tmp_path / "output"
+    meeting = f"10.77.0.1:{free_port()}"
+    launcher = tmp_path / "train.py"  # the same script, with a heartbeat that is quick for a test
+    launcher.write_text(
+        "import cli, process_group, train_gpt2\n"
+        "process_group.HEARTBEAT_SECONDS = 0.5\n"
+        "cli.run_script(train_gpt2.main)\n"
+    )
+
+    def commands() -> list[list[str]]:
+        every = []
+        for number, (name, address) in enumerate(two_hosts.items()):
+            every.append(
+                [
+                    *("ip", "netns", "exec", name, BIN / "torchrun"),
+                    *("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"),
+                    *("--rdzv-id=run", f"--rdzv-endpoint={meeting}", f"--local-addr={address}"),
+                    *(f"--rdzv-conf=is_host={int(number == 0)}", launcher, *flags(data, out)),
+                ]
+            )
+        return every
+
+    interface = {"GLOO_SOCKET_IFNAME": "eth0"}
+    with agents(*commands(), log=log, env=interface):
+        wait_for_steps(out, 0, log)
+        subprocess.run(["ip", "link", "set", "vpygpt2b", "down"], check=True)
+        wait_for(lambda: re.search("error: rank . on", log.read_text()), "rank that is missed", log)
+        assert re.search(r"has heard nothing of (rank \d|the store)", log.read_text())
+    subprocess.run(["ip", "link", "set", "vpygpt2b", "up"], check=True)
+    reached = last_step(out)
+    with agents(*commands(), log=log, env=interface):
+        wait_for_steps(out, reached, log)
+    check_log(out)
