@@ -1,0 +1,491 @@
+"""Recipes compared: one small GPT-2 trained with AdamW and with Muon, by seeds and token budgets.
+
+    python benchmarks/recipes.py tune               # the trials that chose each optimizer's values
+    python benchmarks/recipes.py final              # the comparison, on seeds that chose nothing
+    python benchmarks/recipes.py larger             # a larger model on GPT-2 tokens, one seed
+    python benchmarks/recipes.py speed              # seconds per step, the optimizers in turn
+    python benchmarks/recipes.py report             # tables as Markdown, and the picture
+
+Each finished run is one JSON line of --results. A run that has its line is not repeated, so a
+command that was interrupted goes on where it stopped. --only and --seeds share an experiment out
+over processes. The rules of the comparison and its outcome are in docs/recipes.md.
+"""
+
+import json
+import math
+import os
+import statistics
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import UserError, parse_flags, run_script, say  # noqa: E402
+from fineweb import PrepareConfig, prepare  # noqa: E402
+from model import GPT, NextTokenLoss  # noqa: E402
+from optimizer import make_optimizer, set_learning_rate  # noqa: E402
+from runtime import Runtime, start  # noqa: E402
+from tokens import TokenData, get_encoding, token_bytes  # noqa: E402
+from train_gpt2 import (  # noqa: E402
+    TrainConfig,
+    build_model,
+    evaluate,
+    learning_rate,
+    prepare_data,
+    step_batch,
+    train_step,
+)
+
+# ------------------------------------------------------------------------------- the experiments
+
+# The first run's model and corpus: 0.84 million parameters, bytes, 1,024 of them a step.
+SMALL = TrainConfig(
+    recipe="first-run",
+    data="data/first-run",
+    tokenizer="bytes",
+    device="cpu",
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    seq_len=128,
+    total_batch_tokens=1024,
+    micro_batch=8,
+    eval_tokens=65_536,
+    hellaswag_every=0,
+    schedule="linear",
+    compile=False,
+)
+
+# What each optimizer's trials start from, and what is then changed in it, one value at a time.
+CENTRES = {
+    "adamw": {"optimizer": "adamw", "learning_rate": 4e-3, "beta2": 0.99},
+    "muon": {"optimizer": "muon", "learning_rate": 8e-3, "muon_learning_rate": 0.02},
+}
+TRIALS = {
+    "adamw": [
+        {},
+        {"learning_rate": 2e-3},
+        {"learning_rate": 8e-3},
+        {"beta2": 0.95},
+        {"beta2": 0.999},
+    ],
+    "muon": [
+        {},
+        {"muon_learning_rate": 0.01},
+        {"muon_learning_rate": 0.04},
+        {"learning_rate": 4e-3},
+        {"learning_rate": 16e-3},
+    ],
+}
+TUNING_STEPS = 1_000
+TUNING_SEED = 1
+TUNING_VAL_TOKENS = 131_072  # of the validation split; a final run is measured on all of it
+
+# The values of the final runs: the centres. docs/recipes.md says what the trials found.
+CHOSEN = CENTRES
+
+FINAL_STEPS = 4_200
+FINAL_SEEDS = (11, 12, 13)
+# Muon with all of the tokens, then complete runs with a part of them.
+FRACTIONS = (1.0, 0.4, 0.3, 0.5, 0.7)
+POINTS = 8  # of a final run's curve
+
+# A larger model on GPT-2 tokens: 11.5 million parameters, most of them in the embedding.
+LARGER = {
+    "data": "data/recipes-gpt2",
+    "tokenizer": "gpt2",
+    "n_embd": 192,
+    "n_head": 6,
+    "eval_tokens": 16_384,
+}
+LARGER_STEPS = 300
+# The small model's values, then half the learning rate; and Muon with two fifths of the tokens.
+LARGER_TRIALS = (
+    ("adamw", 1.0, CHOSEN["adamw"]),
+    ("muon", 1.0, CHOSEN["muon"]),
+    ("adamw", 1.0, CHOSEN["adamw"] | {"learning_rate": 2e-3}),
+    ("muon", 0.4, CHOSEN["muon"]),
+    ("muon", 1.0, CHOSEN["muon"] | {"learning_rate": 4e-3}),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of an experiment."""
+
+    experiment: str
+    recipe: str  # the name under which runs of several seeds are put together
+    config: TrainConfig
+
+    @property
+    def changes(self) -> dict:
+        """The values of the configuration that are not SMALL's."""
+        return {
+            field.name: getattr(self.config, field.name)
+            for field in fields(TrainConfig)
+            if getattr(self.config, field.name) != getattr(SMALL, field.name)
+        }
+
+
+def make_trial(experiment: str, recipe: str, steps: int, changes: dict) -> Trial:
+    """A complete schedule of `steps` steps, a twentieth of them warm-up."""
+    schedule = {"max_steps": steps, "warmup_steps": steps // 20}
+    return Trial(experiment, recipe, replace(SMALL, **(schedule | changes)))
+
+
+def tuning_trials() -> list[Trial]:
+    trials = []
+    for name, centre in CENTRES.items():
+        for changes in TRIALS[name]:
+            values = centre | changes | {"seed": TUNING_SEED}
+            trials.append(make_trial("tune", name, TUNING_STEPS, values))
+    return trials
+
+
+def final_trials() -> list[Trial]:
+    trials = []
+    for seed in FINAL_SEEDS:
+        adamw = CHOSEN["adamw"] | {"seed": seed}
+        trials.append(make_trial("final", "adamw", FINAL_STEPS, adamw))
+        for fraction in FRACTIONS:
+            steps = round(FINAL_STEPS * fraction)
+            name = f"muon {fraction:g}"
+            trials.append(make_trial("final", name, steps, CHOSEN["muon"] | {"seed": seed}))
+    return trials
+
+
+def larger_trials() -> list[Trial]:
+    trials = []
+    for name, fraction, values in LARGER_TRIALS:
+        steps = round(LARGER_STEPS * fraction)
+        changes = LARGER | values | {"seed": TUNING_SEED}
+        trials.append(make_trial("larger", name, steps, changes))
+    return trials
+
+
+def prepare_larger_corpus() -> None:
+    """The standard library's modules, without its packages, as GPT-2 tokens."""
+    folder = LARGER["data"]
+    if not Path(folder, "manifest.json").exists():
+        modules = f"{sysconfig.get_paths()['stdlib']}/*.py"
+        prepare(PrepareConfig(input=(modules,), tokenizer="gpt2", out=folder), say)
+
+
+# --------------------------------------------------------------------------------- one run
+
+
+class Training:
+    """A model under training, with the clock of its steps."""
+
+    def __init__(self, config: TrainConfig, rt: Runtime):
+        self.config = config
+        self.rt = rt
+        self.data: TokenData = prepare_data(config, rt)
+        self.model: GPT = build_model(config, self.data, rt, None)
+        self.loss_fn = NextTokenLoss(self.model)
+        self.optimizer = make_optimizer(self.model, config)
+        self.step = 0
+        self.seconds = 0.0  # of processor time: with one thread, what a quiet machine's clock shows
+
+    def advance(self) -> None:
+        """One update."""
+        began = time.process_time()
+        set_learning_rate(self.optimizer, learning_rate(self.step, self.config))
+        batch = step_batch(self.data.train, self.config, self.step, 0, 1)
+        train_step(self.loss_fn, self.optimizer, batch, self.config, self.rt)
+        self.step += 1
+        self.seconds += time.process_time() - began
+
+    def validation_loss(self, eval_tokens: int) -> float:
+        """Nats per token over the first `eval_tokens` tokens of the validation split."""
+        config = replace(self.config, eval_tokens=eval_tokens)
+        size = token_bytes(get_encoding(self.data.encoding))
+        return evaluate(self.model, self.data.val, config, self.rt, size)["val_loss"]
+
+
+def run_trial(trial: Trial, rt: Runtime, points: int, val_tokens: float) -> dict:
+    """Train to the end of the schedule, and measure the loss on `val_tokens` of validation.
+
+    The curve has `points` points, each measured on config.eval_tokens.
+    """
+    training = Training(trial.config, rt)
+    steps = trial.config.max_steps
+    measured_at = {round(steps * i / points) for i in range(1, points + 1)}
+    curve = []
+    while training.step < steps:
+        training.advance()
+        if training.step in measured_at:
+            loss = training.validation_loss(trial.config.eval_tokens)
+            curve.append({"step": training.step, "seconds": training.seconds, "val_loss": loss})
+    return {
+        "experiment": trial.experiment,
+        "recipe": trial.recipe,
+        "changes": trial.changes,
+        "seed": trial.config.seed,
+        "steps": steps,
+        "tokens": steps * trial.config.total_batch_tokens,
+        "seconds": training.seconds,
+        "val_loss": training.validation_loss(min(val_tokens, len(training.data.val))),
+        "curve": curve,
+    }
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+def read_results(file: Path) -> list[dict]:
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def add_result(file: Path, result: dict) -> None:
+    """Append one line in one write, so that several processes can share the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab", buffering=0) as f:
+        f.write(json.dumps(result).encode() + b"\n")
+        os.fsync(f.fileno())
+
+
+def is_result_of(result: dict, trial: Trial) -> bool:
+    same_run = (result["experiment"], result["recipe"]) == (trial.experiment, trial.recipe)
+    return same_run and result.get("changes") == json.loads(json.dumps(trial.changes))
+
+
+def run_experiment(
+    trials: list[Trial], config: "RecipesConfig", points: int, val_tokens: float
+) -> None:
+    """Run what --only and --seeds select and --results does not hold yet."""
+    rt = start("cpu", config.dtype)
+    for trial in trials:
+        if config.only and trial.recipe not in config.only:
+            continue
+        if config.seeds and trial.config.seed not in config.seeds:
+            continue
+        results = read_results(Path(config.results))
+        if any(is_result_of(result, trial) for result in results):
+            continue
+        result = run_trial(trial, rt, points, val_tokens)
+        add_result(Path(config.results), result)
+        say(f"{trial.recipe}  {result['changes']}  {result['val_loss']:.4f}")
+
+
+def measure_speed(config: "RecipesConfig", rounds: int = 20, steps: int = 5) -> None:
+    """Processor seconds per step, the optimizers in turn so that both see the same machine."""
+    rt = start("cpu", config.dtype)
+    trials = {name: make_trial("speed", name, 10_000, CHOSEN[name]) for name in CHOSEN}
+    trainings = {name: Training(trial.config, rt) for name, trial in trials.items()}
+    seconds = {name: [] for name in trainings}
+    for _ in range(rounds):
+        for name, training in trainings.items():
+            start_of_round = training.seconds
+            for _ in range(steps):
+                training.advance()
+            seconds[name].append((training.seconds - start_of_round) / steps)
+    for name, values in seconds.items():
+        median = statistics.median(values[1:])  # the first round warms up
+        result = {"experiment": "speed", "recipe": name, "seconds_per_step": median}
+        add_result(Path(config.results), result)
+        say(f"{name}  {1000 * median:.1f} ms a step")
+
+
+# -------------------------------------------------------------------------------------- report
+
+
+def by_recipe(results: list[dict], experiment: str) -> dict[str, dict[int, dict]]:
+    """Results of an experiment by recipe and seed."""
+    found = {}
+    for result in results:
+        if result["experiment"] == experiment:
+            found.setdefault(result["recipe"], {})[result["seed"]] = result
+    return found
+
+
+# Student's t at 97.5% by number of seeds: half the width of a 95% interval in standard errors.
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+def difference(runs: dict[int, dict], others: dict[int, dict]) -> tuple[float, float] | None:
+    """Mean loss of `runs` minus that of `others`, seed by seed, and half its 95% interval."""
+    seeds = sorted(runs.keys() & others.keys())
+    if len(seeds) not in T_95:
+        return None
+    values = [runs[seed]["val_loss"] - others[seed]["val_loss"] for seed in seeds]
+    error = statistics.stdev(values) / len(seeds) ** 0.5
+    return statistics.mean(values), T_95[len(seeds)] * error
+
+
+def print_tuning(results: list[dict]) -> None:
+    say("| optimizer | changed from its centre | validation loss |", "|---|---|---|")
+    for trial in tuning_trials():
+        for result in results:
+            if is_result_of(result, trial):
+                changes = TRIALS[trial.recipe][_index_of(trial)]
+                words = ", ".join(f"{name} {value:g}" for name, value in changes.items())
+                say(f"| {trial.recipe} | {words or 'nothing'} | {result['val_loss']:.3f} |")
+
+
+def _index_of(trial: Trial) -> int:
+    same = [other for other in tuning_trials() if other.recipe == trial.recipe]
+    return same.index(trial)
+
+
+def print_larger(results: list[dict]) -> None:
+    say("| optimizer | learning rate | steps | validation loss |", "|---|---|---|---|")
+    for trial in larger_trials():
+        for result in results:
+            if is_result_of(result, trial):
+                rate = f"{trial.config.learning_rate:g}"
+                say(f"| {trial.recipe} | {rate} | {result['steps']} | {result['val_loss']:.3f} |")
+
+
+def print_finals(results: list[dict]) -> None:
+    runs = by_recipe(results, "final")
+    say(
+        "| recipe | steps | seeds | validation loss | less tuned AdamW's |", "|---|---|---|---|---|"
+    )
+    for recipe, seeds in sorted(runs.items()):
+        losses = [result["val_loss"] for result in seeds.values()]
+        spread = f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+        gap = difference(seeds, runs.get("adamw", {})) if recipe != "adamw" else None
+        gap_text = f"{gap[0]:+.4f} ± {gap[1]:.4f}" if gap else ""
+        steps = next(iter(seeds.values()))["steps"]
+        say(f"| {recipe} | {steps:,} | {len(seeds)} | {spread} | {gap_text} |")
+
+
+def tokens_to_equal_loss(results: list[dict]) -> dict[int, float]:
+    """For each seed, the part of the tokens with which Muon's complete run ends at AdamW's loss.
+
+    It lies between the two budgets whose losses enclose AdamW's, found linearly in the loss.
+    """
+    runs = by_recipe(results, "final")
+    parts = {}
+    for seed, adamw in runs.get("adamw", {}).items():
+        budgets = [
+            (seeds[seed]["steps"] / adamw["steps"], seeds[seed]["val_loss"])
+            for recipe, seeds in runs.items()
+            if recipe.startswith("muon") and seed in seeds
+        ]
+        budgets.sort()
+        for (less, worse), (more, better) in zip(budgets, budgets[1:], strict=False):
+            if worse > adamw["val_loss"] >= better:
+                share = (worse - adamw["val_loss"]) / (worse - better)
+                parts[seed] = less + share * (more - less)
+    return parts
+
+
+# Recipes of the finals that are drawn as curves: name in the legend, color, whose speed it has.
+CURVES = {
+    "adamw": ("AdamW, tuned", "tab:blue", "adamw"),
+    "muon 1": ("Muon", "tab:red", "muon"),
+}
+SHORTER = "Muon, ends of shorter complete runs"
+
+
+def draw(results: list[dict], file: Path) -> None:
+    """Loss against tokens and processor seconds; a band spans the seeds, lowest to highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    speeds = {r["recipe"]: r["seconds_per_step"] for r in results if r["experiment"] == "speed"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for recipe, seeds in by_recipe(results, "final").items():
+        curves = [result["curve"] for result in seeds.values()]
+        if recipe in CURVES:
+            label, color, optimizer = CURVES[recipe]
+        else:
+            # A shorter run is drawn as its end alone: what it was planned for.
+            label, color, optimizer = None, "tab:red", "muon"
+            curves = [curve[-1:] for curve in curves]
+        million_tokens_per_step = SMALL.total_batch_tokens / 1e6
+        _draw_curves(left, curves, million_tokens_per_step, color, label)
+        _draw_curves(right, curves, speeds[optimizer], color, label)
+    left.plot([], [], color="tab:red", marker="*", markersize=11, linestyle="", label=SHORTER)
+    left.legend()
+    left.set_xlabel("million bytes of training")
+    left.set_ylabel("validation loss, nats per byte")
+    right.set_xlabel("seconds of one core")
+    for axis in (left, right):
+        axis.set_ylim(1.0, 2.0)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def _draw_curves(
+    axis, curves: list[list[dict]], scale: float, color: str, label: str | None
+) -> None:
+    """The seeds' mean against steps times `scale`, and the band of the seeds around it."""
+    x = [point["step"] * scale for point in curves[0]]
+    losses = [[point["val_loss"] for point in points] for points in zip(*curves, strict=True)]
+    mean = [statistics.mean(values) for values in losses]
+    low = [min(values) for values in losses]
+    high = [max(values) for values in losses]
+    if label:
+        axis.plot(x, mean, color=color, label=label, marker="o", markersize=4)
+        axis.fill_between(x, low, high, color=color, alpha=0.25)
+    else:
+        axis.plot(x, mean, color=color, marker="*", markersize=11)
+        axis.vlines(x, low, high, color=color)
+
+
+def report(config: "RecipesConfig") -> None:
+    results = read_results(Path(config.results))
+    if not results:
+        raise UserError(
+            f"{config.results}: no results",
+            expected="one JSON line for each finished run",
+            remedy="run the experiments tune, final and speed first",
+        )
+    print_tuning(results)
+    say("")
+    print_finals(results)
+    say("")
+    print_larger(results)
+    parts = tokens_to_equal_loss(results)
+    words = ", ".join(f"{part:.2f} with seed {seed}" for seed, part in sorted(parts.items()))
+    say("", f"Part of the tokens with which Muon ends at tuned AdamW's loss: {words}")
+    draw(results, Path(config.picture))
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class RecipesConfig:
+    # what to do
+    experiment: tyro.conf.Positional[Literal["tune", "final", "larger", "speed", "report"]]
+    results: str = "docs/recipes.jsonl"  # where each finished run gets its line
+    picture: str = "docs/recipes.png"  # where `report` draws
+    only: tuple[str, ...] = ()  # recipes of the experiment to run; none: all
+    seeds: tuple[int, ...] = ()  # seeds of the experiment to run; none: all
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # dtype of matrix products
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    config = parse_flags(RecipesConfig, RecipesConfig("report"), __doc__)
+    if config.experiment == "tune":
+        run_experiment(tuning_trials(), config, 0, TUNING_VAL_TOKENS)
+    elif config.experiment == "final":
+        run_experiment(final_trials(), config, POINTS, math.inf)
+    elif config.experiment == "larger":
+        prepare_larger_corpus()
+        run_experiment(larger_trials(), config, POINTS // 2, TUNING_VAL_TOKENS)
+    elif config.experiment == "speed":
+        measure_speed(config)
+    else:
+        report(config)
+
+
+if __name__ == "__main__":
+    run_script(main)
