@@ -107,8 +107,13 @@ def read_config(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     except UserError:
         say(f"{file}: not a configuration, passed over")
         return {}
-    # All that a run is compared by are single values.
-    return {key: value for key, value in config.items() if not isinstance(value, (dict, list))}
+    # All that a run is compared by are single values, and the code that it was trained by: runs of
+    # edited code are no seeds of each other.
+    values = {key: value for key, value in config.items() if not isinstance(value, (dict, list))}
+    started = config.get("started")
+    if isinstance(started, dict):
+        values["code"] = str(started.get("code"))
+    return values
 
 
 def read_log(folder: Path, say: Callable[[str], None]) -> dict[str, Curve]:
@@ -466,7 +471,7 @@ def short(count: float) -> str:
 def table(groups: list[list[Run]]) -> str:
     """Final losses in Markdown: a row for each configuration, mean ± standard deviation."""
     lines = [
-        "| run | seeds | training tokens | training loss | validation loss | HellaSwag acc_norm |",
+        "| run | runs | training tokens | training loss | validation loss | HellaSwag acc_norm |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for group in groups:

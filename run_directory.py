@@ -17,6 +17,7 @@ any moment leaves the whole checkpoint or none.
 
 import contextlib
 import datetime
+import hashlib
 import hmac
 import itertools
 import json
@@ -749,8 +750,17 @@ def provenance(device: torch.device) -> dict:
         "torch": torch.__version__,
         "device": device_name,
         "git_commit": commit,
+        "code": hash_of_code(),
         "job": job_name(),
     }
+
+
+def hash_of_code() -> str:
+    """A hash of the files that decide what is learned, so that an edited one shows."""
+    digest = hashlib.sha256()
+    for name in ("model.py", "optimizer.py", "train_gpt2.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
 
 
 def job_name() -> str | None:

@@ -108,7 +108,9 @@ class TrainConfig:
     init_from: str = ""
     # run directory; empty: runs/<recipe>, or runs/<recipe>-2, -3, … if that one holds a run
     out: str = ""
-    resume: bool = False  # continue the run in --out; start it if there is none
+    # continue the run in --out, or without --out the newest of runs/<recipe>, runs/<recipe>-2, …;
+    # start one if there is none
+    resume: bool = False
     # a run, or its train.json, to take all values from; other flags override them, and --data,
     # --init-from and --wandb must be flags if somebody else wrote the file
     config: str = ""
@@ -865,6 +867,9 @@ def describe_run(training: Training, checkpoint: Path | None) -> list[str]:
         f"data           {config.data}: {len(data.train):,} training and {len(data.val):,} "
         f"validation tokens ({data.encoding})"
     )
+    passes = config.max_steps * config.total_batch_tokens / len(data.train)
+    if passes >= 2:
+        lines.append(f"               the run reads the training tokens {passes:,.0f} times")
     where = f"run directory  {run.folder}"
     if run.step == config.max_steps:
         where += f", complete with {run.step} steps"

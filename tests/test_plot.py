@@ -202,6 +202,14 @@ def test_a_suffix_that_names_no_picture_is_refused(tmp_path):
         plot.draw_curves([write_run(tmp_path / "a")], tmp_path / "curves.doc")
 
 
+def test_runs_of_edited_code_are_no_seeds_of_each_other(tmp_path):
+    runs = [
+        plot.read_run(write_run(tmp_path / "gelu", seed=1, started={"code": "a"})),
+        plot.read_run(write_run(tmp_path / "relu", seed=1, started={"code": "b"})),
+    ]
+    assert len(plot.group_by_configuration(runs)) == 2
+
+
 def test_the_table_has_mean_and_deviation_over_seeds(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, loss in ((1, 3.0), (2, 3.2)):
