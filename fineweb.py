@@ -334,11 +334,8 @@ def glob_files(pattern: str) -> list[str]:
         parts.append("*")
     try:
         matches = list(base.glob("/".join(parts)))
-    except (
-        ValueError,
-        NotImplementedError,
-        OSError,
-    ):  # not a pattern, for example 'a**b', or too long
+    except (ValueError, NotImplementedError, OSError):
+        # It is not a pattern, for example 'a**b', or it is too long.
         return []
     found = set()
     for match in matches:
