@@ -18,13 +18,10 @@ bytes as one that was never interrupted, whatever the number of threads.
 """
 
 import contextlib
-import csv
 import dataclasses
 import datetime
-import errno
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -47,7 +44,25 @@ import tyro
 import cli
 import tokens
 from cli import UserError, parse_flags, run_script
-from files import locked, open_file, read_json, remove_leftovers
+from files import locked, plain_name, read_json, remove_leftovers
+from sources import (
+    ENDLESS_RUN,
+    TOO_LONG,
+    EndlessDownload,
+    Row,
+    Unusable,
+    beginning,
+    dataset_info,
+    dataset_source,
+    expand,
+    file_source,
+    kind_and_compression,
+    naming_the_file,
+    on_hub,
+    parts_of,
+    texts_in,
+    weight,
+)
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_SAMPLE = "sample-10BT"
@@ -60,17 +75,11 @@ FIRST_RUN_FOLDER = "data/first-run"  # where the first run's corpus is prepared
 # Characters in a batch: enough to hide the cost of handing it to a thread, little enough to keep
 # memory small.
 BATCH_CHARACTERS = 2**19
-# Bytes of the longest document that is read. A small compressed file can hold terabytes.
-MOST_DOCUMENT_BYTES = 2**30
-# Bytes of the largest .json array, which can only be read as a whole.
-MOST_JSON_BYTES = 2**28
 # Characters of a document that is pointed out as probably several.
 LONG_DOCUMENT = 10_000_000
-# Share of documents that may be unusable. Beyond it the input is not what was meant.
+# Share of documents that may be unusable. Beyond it the input is not what was meant. A single one
+# never ends a corpus of which something remains.
 MOST_SKIPPED = 0.1
-# Attempts at the hub in a row without progress, after 1, 2, 4 … seconds. The hub's client has its
-# own attempts below these.
-RETRIES = 6
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -109,7 +118,8 @@ class PrepareConfig:
     shard_tokens: int = 100_000_000
     # Stop after this many tokens. 0 means never.
     max_tokens: int = 0
-    # Encoding threads. 0 means one for each CPU core that this process may use.
+    # Encoding threads. 0 means one for each CPU core that this process may use: by its affinity
+    # mask, its control group and SLURM_CPUS_PER_TASK.
     workers: int = 0
     # Check every size, sha256 and token of this data directory, and do nothing else.
     verify: str = ""
@@ -172,634 +182,42 @@ class PrepareConfig:
         return Path("data") / self.corpus
 
 
-# ------------------------------------------------------------------------- read: what a source is
-
-
-class Row(NamedTuple):
-    """One document of a source, as read.
-
-    document: a str; anything else cannot be used, and a ValueError says why.
-    position: JSON that says where to go on after this document; None where that is not known.
-    fraction: how much of the source has been read, or of the file where it is a file's row; None if
-    that is not known.
-    """
-
-    document: Any
-    position: Any
-    fraction: float | None
-
-
-# A source is a function of a position (None: the start) that yields what comes after it.
-Source = Callable[[Any], Iterator[Row]]
-
-
-def reason_to_skip(document: Any) -> str | None:
-    """Why a document cannot be used; None if it can."""
-    if isinstance(document, str):
-        return None
-    if isinstance(document, ValueError):
-        return str(document)
-    if document is None:
-        return "missing text"
-    return f"{type(document).__name__} instead of text"
-
-
-def decode(content: bytes | bytearray) -> str | ValueError:
-    try:
-        return content.decode("utf-8-sig")  # without the mark that editors on Windows begin with
-    except UnicodeDecodeError:
-        return ValueError("not UTF-8")
-
-
-def text_of(item: Any, text_column: str) -> Any:
-    """The text of one JSON value: the value itself if it is a string, else one of its keys."""
-    if isinstance(item, str):
-        return item
-    if isinstance(item, dict):
-        return item.get(text_column)
-    return ValueError("not a JSON object")
-
-
-def check_column(text_column: str, columns: list[str]) -> None:
-    if text_column not in columns:
-        raise UserError(
-            f"--text-column {text_column}: no such column",
-            expected=f"one of {', '.join(map(str, columns))}",
-            remedy="choose the one with the text",
-        )
-
-
-def column_values(column: Any) -> list:
-    """The values of a pyarrow column of text. Those that are not UTF-8 become a ValueError each."""
-    import pyarrow
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        values = column.cast(pyarrow.large_binary()).to_pylist()
-        return [None if value is None else decode(value) for value in values]
-
-
-# ------------------------------------------------------------------------- read: local files
-
-
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-
-# Suffixes of what is certainly not text. Every other unknown suffix is read as text, because source
-# files have hundreds; what is not UTF-8 is refused after all, by its content.
-NOT_TEXT = re.compile(
-    r"\.(pdf|docx?|odt|rtf|xlsx?|ods|pptx?|epub|mobi|djvu"
-    r"|zip|tar|tgz|tbz|txz|xz|7z|rar|lz4|br|lzma|jar|whl|iso|dmg|deb|rpm"
-    r"|exe|dll|so|dylib|o|a|lib|class|pyc|wasm"
-    r"|png|jpe?g|gif|bmp|tiff?|webp|ico|heic|psd"
-    r"|mp3|mp4|m4a|wav|flac|ogg|avi|mkv|mov|webm|[to]tf|woff2?"
-    r"|bin|np[yz]|ds|pth?|ckpt|pkl|pickle|safetensors|gguf|onnx|h5|hdf5"
-    r"|db|sqlite3?|orc|avro|feather|msgpack)"
-)
-
-# What is read of a folder.
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".parquet")
-
-
-def kind_and_compression(file: str) -> tuple[str, str | None]:
-    """A file's format, as its suffix in lower case, and pyarrow's name of its compression."""
-    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
-    compression = None
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        compression = COMPRESSIONS[suffixes.pop()]
-    kind = suffixes[-1] if suffixes else ""
-    is_table = kind in (".parquet", ".arrow")
-    if NOT_TEXT.fullmatch(kind) or (is_table and compression):
-        raise UserError(
-            f"{file}: {''.join(suffixes[-1:])} files cannot be read"
-            + (" compressed" if is_table else ""),
-            expected="text, .jsonl, .json, .csv, .tsv, .parquet or .arrow",
-            remedy="convert it to one of these, or leave it out",
-        )
-    return kind, compression
-
-
-def expand(patterns: Iterable[str]) -> list[str]:
-    """The regular files that paths, folders and globs name, in this order, each sorted by name."""
-    files = []
-    for pattern in patterns:
-        if os.path.isdir(pattern):
-            found = texts_in(pattern)
-            expected = f"{', '.join(TEXT_SUFFIXES)} files in it"
-        elif os.path.lexists(pattern):
-            found = [pattern] if os.path.isfile(pattern) else []
-            expected = "a regular file"
-        else:
-            found = glob_files(pattern)
-            expected = "a file, a folder, or a glob that matches files"
-        if not found:
-            exists = os.path.lexists(pattern)
-            raise UserError(
-                f"{pattern}: {'nothing to read' if exists else 'no such file'}",
-                expected=expected,
-                remedy="check the path; put a glob in quotes, for example 'folder/**/*.txt'",
-            )
-        files += found
-    return files
-
-
-def texts_in(folder: str) -> list[str]:
-    """The text files in a folder and its subfolders. Links to folders are not followed."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            suffixes = Path(name.lower()).suffixes
-            if suffixes and suffixes[-1] in COMPRESSIONS:
-                suffixes.pop()
-            is_text = bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES
-            if is_text and not name.startswith(".") and os.path.isfile(Path(parent, name)):
-                found.append(os.path.join(parent, name))
-    return sorted(found)
-
-
-def glob_files(pattern: str) -> list[str]:
-    """The regular files that a glob matches. `**` does not follow links, which may form circles.
-
-    As in a shell, wildcards do not match names that begin with a dot.
-    """
-    # A folder whose name has brackets or stars is taken by its name, not as a pattern.
-    parts = list(Path(pattern).parts)
-    base = Path()
-    while parts and (base / parts[0]).is_dir():
-        base /= parts.pop(0)
-    if not parts:
-        return []
-    if parts[-1] == "**":
-        parts.append("*")
-    try:
-        matches = list(base.glob("/".join(parts)))
-    except (ValueError, NotImplementedError, OSError):
-        # It is not a pattern, for example 'a**b', or it is too long.
-        return []
-    found = set()
-    for match in matches:
-        names = match.relative_to(base).parts
-        is_hidden = any(
-            name.startswith(".") and not part.startswith(".")
-            for name, part in zip(reversed(names), reversed(parts), strict=False)
-        )
-        if not is_hidden and match.is_file():
-            found.add(str(match))
-    return sorted(found)
-
-
-def file_and_place(position: Any) -> tuple[int, int]:
-    """The file, by its number, and the place in it at which to go on."""
-    if position is None:
-        return 0, 0
-    numbers = (position.get("file"), position.get("at"))
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise UserError(
-            f"manifest.partial.json: position {str(position)[:80]}",
-            expected="a file and a place in it",
-            remedy="remove the directory, or choose another --out",
-        )
-    return numbers
-
-
-def file_source(config: PrepareConfig, files: list[str]) -> Source:
-    """The documents of local files, one file after another. Files of several formats may be mixed.
-
-    A position is {"file": index, "at": place in it}. What a place is, each format's reader says.
-    """
-    readers = [file_reader(config, file) for file in files]
-    sizes = [os.path.getsize(file) for file in files]
-    total = max(1, sum(sizes))
-
-    def read(position: Any) -> Iterator[Row]:
-        first, start = file_and_place(position)
-        size_before = sum(sizes[:first])
-        for index in range(first, len(files)):
-            with naming_the_file(files[index]):
-                for row in readers[index](start):
-                    place = {"file": index, "at": row.position}
-                    if row.position is None:
-                        place = {"file": index + 1, "at": 0}
-                    done = size_before + (row.fraction or 0) * sizes[index]
-                    yield Row(row.document, place, done / total)
-            start = 0
-            size_before += sizes[index]
-
-    return read
-
-
-@contextlib.contextmanager
-def naming_the_file(file: str) -> Iterator[None]:
-    """Errors of pyarrow and csv do not name the file they are about."""
-    import pyarrow
-
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException, csv.Error) as error:
-        if getattr(error, "filename", None):  # one of the system, which names it
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{file}: {reason}",
-            expected="a whole, readable file",
-            remedy="mend it or leave it out of --input",
-        ) from None
-
-
-def file_reader(config: PrepareConfig, file: str) -> Callable[[int], Iterator[Row]]:
-    """The function that reads this file from a place on."""
-    kind, compression = kind_and_compression(file)
-    if kind == ".parquet":
-        return functools.partial(read_parquet, functools.partial(open_file, Path(file)), config)
-    if kind == ".arrow":
-        return functools.partial(read_arrow, file, config)
-    if kind in (".csv", ".tsv"):
-        delimiter = "," if kind == ".csv" else "\t"
-        return functools.partial(read_csv, file, compression, delimiter, config)
-    if kind in (".jsonl", ".ndjson"):
-        return functools.partial(read_json_lines, file, compression, config)
-    if kind == ".json":
-        return functools.partial(read_array_or_lines, file, compression, config)
-    return functools.partial(read_text, file, compression, config)
-
-
-def open_stream(file: str, compression: str | None):
-    import pyarrow
-
-    # Not by its name: pyarrow cannot open a name that is not UTF-8.
-    return pyarrow.input_stream(open_file(Path(file)), compression=compression)
-
-
-def read_text(
-    file: str, compression: str | None, config: PrepareConfig, start: int
-) -> Iterator[Row]:
-    """A text file as one document, or cut at --split-on.
-
-    A place is a byte of the uncompressed content.
-    """
-    separator = unescaped(config.split_on)
-    if not separator:
-        yield Row(decode(read_whole(file, compression, MOST_DOCUMENT_BYTES)), None, 1.0)
-        return
-    # With \n asked for, lines that end in \r\n separate documents as well.
-    if b"\r" not in separator and b"\r\n" in beginning(file, compression):
-        separator = separator.replace(b"\n", b"\r\n")
-    for content, place, fraction in split_file(file, compression, separator, start):
-        yield Row(decode(content), place, fraction)
-
-
-def unescaped(split_on: str) -> bytes:
-    r"""What --split-on stands for: \n, \r and \t, as typed on a command line, are characters."""
-    return split_on.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t").encode()
-
-
-def beginning(file: str, compression: str | None, size: int = 2**20) -> bytes:
-    with open_stream(file, compression) as stream:
-        return stream.read(size)
-
-
-def read_json_lines(
-    file: str, compression: str | None, config: PrepareConfig, start: int
-) -> Iterator[Row]:
-    """A JSON value on each line. A place is a byte of the file's uncompressed content."""
-    for line, place, fraction in split_file(file, compression, b"\n", start):
-        if not line.strip():
-            continue
-        try:
-            document = text_of(json.loads(line), config.text_column)
-        except UnicodeDecodeError:
-            document = ValueError("not UTF-8")
-        except (ValueError, RecursionError):
-            document = ValueError("not a JSON object")
-        yield Row(document, place, fraction)
-
-
-def read_array_or_lines(
-    file: str, compression: str | None, config: PrepareConfig, start: int
-) -> Iterator[Row]:
-    """One JSON array of objects or strings, or JSON lines. A place is an item of it, or a byte."""
-    if not beginning(file, compression).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from read_json_lines(file, compression, config, start)
-        return
-    try:
-        items = json.loads(read_whole(file, compression, MOST_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file}: not JSON ({str(error)[:200]})",
-            expected="an array of objects or strings, or an object on each line",
-            remedy="mend it or leave it out of --input",
-        ) from None
-    for number, item in enumerate(items[start:], start=start + 1):
-        yield Row(text_of(item, config.text_column), number, number / len(items))
-
-
-def read_csv(
-    file: str, compression: str | None, delimiter: str, config: PrepareConfig, start: int
-) -> Iterator[Row]:
-    """A column of a CSV or TSV file, whose first row has the names. A place is a number of rows."""
-    csv.field_size_limit(MOST_JSON_BYTES)
-    size = max(1, os.path.getsize(file))
-    with open_stream(file, compression) as stream:
-        # Bytes that are not UTF-8 come out as lone surrogates, so that only their row is lost.
-        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(text, delimiter=delimiter)
-        columns = next(rows, [])
-        check_column(config.text_column, columns)
-        column = columns.index(config.text_column)
-        for number, row in enumerate(rows, start=1):
-            if number <= start or not row:
-                continue
-            document = row[column] if column < len(row) else None
-            if document and re.search("[\udc80-\udcff]", document):
-                document = ValueError("not UTF-8")
-            fraction = min(1.0, stream.tell() / size) if stream.seekable() else None
-            yield Row(document, number, fraction)
-
-
-def read_whole(file: str, compression: str | None, most: int) -> bytes:
-    """A file's uncompressed content, of at most so many bytes."""
-    chunks = []
-    size = 0
-    with open_stream(file, compression) as stream:
-        while chunk := stream.read(2**22):
-            chunks.append(chunk)
-            size += len(chunk)
-            check_size(file, 0, size, most)
-    return b"".join(chunks)
-
-
-def check_size(file: str, start: int, size: int, most: int) -> None:
-    if size > most:
-        raise UserError(
-            f"{file}: one document of more than {most:,} bytes, from byte {start:,} on",
-            expected="shorter documents",
-            remedy="give --split-on what separates documents, divide the file, or leave it out",
-        )
-
-
-def split_file(
-    file: str, compression: str | None, separator: bytes, start: int
-) -> Iterator[tuple[bytearray, int, float]]:
-    """The parts of a file between separators, from byte `start` on.
-
-    Each comes with the byte after it and the fraction of the file read until then. Bytes are those
-    of the uncompressed content. The fraction of a compressed file is only an estimate.
-    """
-    size = max(1, os.path.getsize(file))
-    position = start
-    rest = bytearray()
-    with open_stream(file, compression) as stream:
-        skip_bytes(stream, start)
-        while chunk := stream.read(2**22):
-            unsearched = max(0, len(rest) - len(separator))
-            rest += chunk
-            if rest.find(separator, unsearched) >= 0:
-                *parts, rest = rest.split(separator)
-                for part in parts:
-                    position += len(part) + len(separator)
-                    yield part, position, min(1.0, position / size)
-            check_size(file, position, len(rest), MOST_DOCUMENT_BYTES)
-    if rest:
-        yield rest, position + len(rest), 1.0
-
-
-def skip_bytes(stream: Any, count: int) -> None:
-    """Go on after so many bytes. A compressed stream has to be unpacked once more up to there."""
-    if stream.seekable():
-        stream.seek(count)
-        return
-    while count > 0:
-        skipped = len(stream.read(min(count, 2**22)))
-        if skipped == 0:
-            return
-        count -= skipped
-
-
-def read_arrow(file: str, config: PrepareConfig, start: int) -> Iterator[Row]:
-    """An Arrow IPC file or stream, as `datasets` saves them. A place is a number of rows."""
-    import pyarrow
-
-    row = 0
-    with pyarrow.PythonFile(open_file(Path(file))) as source:
-        try:
-            reader = pyarrow.ipc.open_file(source)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pyarrow.ArrowInvalid:
-            source.seek(0)
-            reader = pyarrow.ipc.open_stream(source)
-            batches = iter(reader)
-        check_column(config.text_column, reader.schema.names)
-        for batch in batches:
-            for first in range(0, batch.num_rows, 128):
-                column = batch.column(config.text_column).slice(first, 128)
-                if row + len(column) <= start:
-                    row += len(column)
-                    continue
-                for document in column_values(column):
-                    row += 1
-                    if row > start:
-                        yield Row(document, row, None)
-
-
-def read_parquet(open_parquet: Callable, config: PrepareConfig, start: int) -> Iterator[Row]:
-    """The text column of a parquet file, local or on the hub. A place is a number of rows.
-
-    `datasets` finds the files of a hub dataset, but its streams resume by reading the current file
-    from its start again (2 GB in FineWeb-Edu). Read directly, the footer tells where to go on.
-    """
-    import pyarrow.parquet
-
-    with open_parquet() as opened:
-        file = pyarrow.parquet.ParquetFile(opened)
-        check_column(config.text_column, file.schema_arrow.names)
-        row = 0
-        for group in range(file.num_row_groups):
-            group_rows = file.metadata.row_group(group).num_rows
-            if row + group_rows <= start:
-                row += group_rows
-                continue
-            for batch in file.iter_batches(
-                rows_at_once(file, group, config.text_column),
-                row_groups=[group],
-                columns=[config.text_column],
-            ):
-                for document in column_values(batch.column(0)):
-                    row += 1
-                    if row > start:
-                        yield Row(document, row, row / file.metadata.num_rows)
-
-
-def rows_at_once(file: Any, group: int, text_column: str) -> int:
-    """Rows to decode together: few where they may be long.
-
-    A string that is repeated is stored once, so each row may be as long as the whole group.
-    """
-    metadata = file.metadata.row_group(group)
-    size = 1
-    for i in range(metadata.num_columns):
-        column = metadata.column(i)
-        if column.path_in_schema.split(".")[0] == text_column:
-            size += column.total_uncompressed_size
-    if size > MOST_DOCUMENT_BYTES * metadata.num_rows:
-        raise UserError(
-            f"row group {group}: {size:,} bytes of text in {metadata.num_rows} rows",
-            expected=f"documents of at most {MOST_DOCUMENT_BYTES:,} bytes",
-            remedy="leave the file out",
-        )
-    return max(1, min(128, MOST_DOCUMENT_BYTES // size))
-
-
-# ------------------------------------------------------------------------- read: the hub
-
-
-def dataset_source(config: PrepareConfig, revision: str) -> Source:
-    """The documents of a dataset on the hub."""
-    import datasets
-
-    builder = datasets.load_dataset_builder(config.dataset, config.name or None, revision=revision)
-    splits = list(builder.config.data_files or {}) or list(builder.info.splits or {})
-    if config.split not in splits:
-        raise UserError(
-            f"--split {config.split}: no such split",
-            expected=f"one of {', '.join(splits)}",
-            remedy="choose one of them",
-        )
-    if builder.name == "parquet":
-        return hub_parquet_source(config, list(builder.config.data_files[config.split]))
-    info = (builder.info.splits or {}).get(config.split)
-    num_rows = info.num_examples if info else None
-    stream = builder.as_streaming_dataset(split=config.split)
-    return functools.partial(read_stream, stream, num_rows, config)
-
-
-def hub_parquet_source(config: PrepareConfig, urls: list[str]) -> Source:
-    """The rows of parquet files on the hub. Only the text column is downloaded, 32 MB at a time."""
-    from huggingface_hub import HfFileSystem
-
-    def read(position: Any) -> Iterator[Row]:
-        first, start = file_and_place(position)
-        for index in range(first, len(urls)):
-            path = urls[index].removeprefix("hf://")
-            open_parquet = functools.partial(HfFileSystem().open, path, block_size=2**25)
-            for row in read_parquet(open_parquet, config, start):
-                place = {"file": index, "at": row.position}
-                yield Row(row.document, place, (index + row.fraction) / len(urls))
-            start = 0
-
-    return read
-
-
-def read_stream(
-    stream: Any, num_rows: int | None, config: PrepareConfig, position: Any
-) -> Iterator[Row]:
-    """Rows of a `datasets` stream. Its state is the position, and known after every 128 rows."""
-    rows = 0
-    if position:
-        rows = position["rows"]
-        stream.load_state_dict(position["state"])
-    for table in stream.with_format("arrow").iter(128):
-        check_column(config.text_column, table.column_names)
-        *documents, last = column_values(table[config.text_column])
-        for document in documents:
-            yield Row(document, None, None)
-        rows += table.num_rows
-        fraction = rows / num_rows if num_rows else None
-        yield Row(last, {"state": stream.state_dict(), "rows": rows}, fraction)
-
-
-def on_hub(config: PrepareConfig, say: Callable, action: Callable[[], Any]) -> Any:
-    """`action()`, tried again while the connection fails.
-
-    This is the one place where the many errors of the hub's clients become ours.
-    """
-    from huggingface_hub.errors import HTTPError
-
-    for attempt in range(RETRIES + 1):
-        try:
-            return action()
-        # A ValueError is an unknown configuration or a malformed name.
-        except (HTTPError, OSError, ValueError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise
-            if attempt == RETRIES or not may_pass(error):
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(
-                    f"{config.source_name} --revision {config.revision}: "
-                    f"{type(error).__name__}: {reason}",
-                    expected="to read it from the hub",
-                    remedy="check the names and the connection, then run the same command again",
-                ) from error
-            say(f"the hub did not answer ({type(error).__name__}), trying again in {2**attempt} s")
-            time.sleep(2**attempt)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError))
-
-
-def dataset_info(config: PrepareConfig, dataset: str, say: Callable) -> Any:
-    """What the hub says of a dataset: its commit, and its files with their sizes."""
-    from huggingface_hub import HfApi
-
-    ask = functools.partial(
-        HfApi().dataset_info, dataset, revision=config.revision, files_metadata=True
-    )
-    return on_hub(config, say, ask)
-
-
 # ------------------------------------------------------------------------- batch
 
 
 class Batch(NamedTuple):
-    """Documents that are encoded together.
+    """Documents that are encoded together, and those that were skipped between them.
 
     position: the position of the source after them. fraction: how much of it has been read then.
     """
 
-    documents: list[Any]
+    documents: list[str]
+    skipped: list[Unusable]
     position: Any
     fraction: float | None
 
     @property
     def characters(self) -> int:
-        """The length of all texts, and 100 a document, so that empty ones fill a batch too."""
-        return sum(weight(document) for document in self.documents)
-
-
-def weight(document: Any) -> int:
-    if isinstance(document, str):
-        return 100 + len(document)
-    return 100
+        return sum(weight(document) for document in [*self.documents, *self.skipped])
 
 
 def in_batches(rows: Iterator[Row]) -> Iterator[Batch]:
     """Rows in batches of about BATCH_CHARACTERS, each of which ends at a known position."""
-    documents = []
+    documents, skipped = [], []
     characters = 0
     position, fraction = None, None
     for document, position, fraction in rows:  # noqa: B007  what the last row said is needed below
-        documents.append(document)
+        if isinstance(document, str):
+            documents.append(document)
+        else:
+            skipped.append(document)
         characters += weight(document)
         if characters >= BATCH_CHARACTERS and position is not None:
-            yield Batch(documents, position, fraction)
-            documents = []
+            yield Batch(documents, skipped, position, fraction)
+            documents, skipped = [], []
             characters = 0
-    if documents:
-        yield Batch(documents, position, fraction)
+    if documents or skipped:
+        yield Batch(documents, skipped, position, fraction)
 
 
 def hub_batches(
@@ -825,14 +243,8 @@ def hub_batches(
 # ------------------------------------------------------------------------- encode
 
 
-# What the pattern of the gpt2 encoding means by \s (Python's \s has four characters more).
-WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-LAST_WHITESPACE = re.compile(f"[{WHITESPACE}](?=[^{WHITESPACE}])")
-PART_CHARACTERS = 2**18
-
-
 def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """The tokens of a text of any length, uint32. A literal <|endoftext|> in it is ordinary text.
+    """The tokens of a text of any length, uint16. A literal <|endoftext|> in it is ordinary text.
 
     tiktoken's pattern matcher overflows its stack at a run of a million spaces, so a long text is
     encoded in parts. The tokens are those of the whole text, because each cut is where the pattern
@@ -844,37 +256,27 @@ def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     - After more whitespace: `\\s+(?!\\S)` takes the run up to w, and leaves w to what follows.
       At the end of a part, where w is missing, `\\s++$` takes the same run.
     """
-    if len(text) <= PART_CHARACTERS:
-        return _encode_part(encoding, text)
-    return np.concatenate([_encode_part(encoding, part) for part in _parts(text)])
-
-
-def _parts(text: str) -> Iterator[str]:
-    start = 0
-    while cut := LAST_WHITESPACE.search(text, start + PART_CHARACTERS):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
+    return np.concatenate([_encode_part(encoding, part) for part in parts_of(text)])
 
 
 def _encode_part(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
+        part = encoding.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:
         # A lone surrogate: U+FFFD takes its place, as in tiktoken's other methods.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return encoding.encode_to_numpy(text, disallowed_special=())
+        part = encoding.encode_to_numpy(text, disallowed_special=())
+    return part.astype(np.uint16)
 
 
-def encode_batch(encoding: tiktoken.Encoding, documents: list[Any]) -> np.ndarray:
-    """The tokens of all usable documents, each after <|endoftext|>, uint16."""
-    end_of_text = np.array([encoding.eot_token], dtype=np.uint32)
+def encode_batch(encoding: tiktoken.Encoding, documents: list[str]) -> np.ndarray:
+    """The tokens of all documents, each after <|endoftext|>, uint16."""
+    end_of_text = np.array([encoding.eot_token], dtype=np.uint16)
     parts = [end_of_text[:0]]
     for document in documents:
-        if isinstance(document, str):
-            parts.append(end_of_text)
-            parts.append(encode_document(encoding, document))
-    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+        parts.append(end_of_text)
+        parts.append(encode_document(encoding, document))
+    return np.concatenate(parts)
 
 
 def encode_in_order(
@@ -955,6 +357,7 @@ class Position:
     documents: int = 0  # usable documents before the current batch
     skipped: dict[str, int] = field(default_factory=dict)  # unusable ones, by reason
     longest: int = 0  # characters of the longest document before the current batch
+    places: list[str] = field(default_factory=list)  # of the first unusable ones
 
     @property
     def num_skipped(self) -> int:
@@ -963,15 +366,11 @@ class Position:
     def after(self, batch: Batch, num_documents: int) -> "Position":
         """The position after a batch, of which so many documents were used."""
         skipped = Counter(self.skipped)
-        longest = self.longest
-        for document in batch.documents:
-            reason = reason_to_skip(document)
-            if reason:
-                skipped[reason] += 1
-            else:
-                longest = max(longest, len(document))
+        skipped.update(document.reason for document in batch.skipped)
+        places = self.places + [document.place for document in batch.skipped]
+        longest = max([self.longest, *map(len, batch.documents)])
         documents = self.documents + num_documents
-        return Position(batch.position, 0, documents, dict(skipped), longest)
+        return Position(batch.position, 0, documents, dict(skipped), longest, places[:5])
 
 
 class Writer:
@@ -1056,6 +455,7 @@ PARTIAL_SHAPE = {
         "documents": int,
         "skipped": {str: int},
         "longest": int,
+        "places?": [str],
     },
 }
 SHARD_NAME = re.compile(r"[\w.-]+_(val|train)_\d+\.bin")
@@ -1065,10 +465,12 @@ def begin_or_resume(folder: Path, settings: dict) -> dict:
     """The partial manifest of an interrupted preparation, its shards checked; or a new one."""
     if (folder / "manifest.partial.json").exists():
         partial = read_partial_manifest(folder)
+        if partial["shards"]:
+            check_settings(folder / "manifest.partial.json", partial, settings)
+            tokens.verify_shards(folder, partial, "manifest.partial.json")
+        # Only now: a damaged name in the manifest must not cost the shard that has it.
         remove_uncommitted(folder, {shard["name"] for shard in partial["shards"]})
         if partial["shards"]:  # else nothing is lost by beginning anew
-            check_settings(folder, partial, settings)
-            tokens.verify_shards(folder, partial)
             return partial
     else:
         for file in folder.iterdir():
@@ -1097,8 +499,8 @@ def remove_uncommitted(folder: Path, committed: set[str]) -> None:
             file.unlink()
 
 
-def check_settings(folder: Path, manifest: dict, settings: dict) -> None:
-    """Refuse to go on with another source or another cut than the folder was begun with."""
+def check_settings(file: Path, manifest: dict, settings: dict) -> None:
+    """Refuse to go on with another source or another cut than its manifest, `file`, tells of."""
     old = comparable_settings(manifest)
     new = comparable_settings(settings)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -1109,7 +511,7 @@ def check_settings(folder: Path, manifest: dict, settings: dict) -> None:
     if "revision" in differing:
         remedy = f"repeat them (--revision {old['revision']})"
     raise UserError(
-        f"{folder}: {', '.join(changes)}",
+        f"{file}: {', '.join(changes)}",
         expected="the settings and source it was begun with",
         remedy=f"{remedy}, or choose another --out",
     )
@@ -1230,7 +632,7 @@ def is_prepared(config: PrepareConfig, settings: dict, say: Callable) -> bool:
         settings = settings | {"revision": manifest.get("revision")}
     else:
         settings = settings | {"revision": config.revision}
-    check_settings(folder, manifest, settings)
+    check_settings(folder / "manifest.json", manifest, settings)
     with contextlib.suppress(OSError):  # a kill between the two last writes leaves it
         (folder / "manifest.partial.json").unlink()
     say(f"{folder} is already prepared")
@@ -1292,7 +694,7 @@ def write_corpus(
     say(
         f"{config.folder}: {plural(position.documents, 'document')}, {writer.num_tokens:,} tokens "
         f"in {plural(len(writer.shards), 'shard')}, {speed}; "
-        f"skipped documents: {listed(position.skipped)}"
+        f"skipped documents: {listed(position)}"
     )
     point_out_long_documents(position, say)
 
@@ -1301,21 +703,37 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def listed(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "none"
+def listed(position: Position) -> str:
+    """How many documents were skipped and why, and where the first few are."""
+    if not position.skipped:
+        return "none"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in position.skipped.items())
+    return f"{reasons} ({'; '.join(position.places)})"
+
+
+REMEDIES = {
+    "not UTF-8": "convert it, for example with iconv -f LATIN1 -t UTF-8 OLD > NEW",
+    ENDLESS_RUN: "leave it out, or break its lines",
+    TOO_LONG.reason: "give --split-on what separates documents, or divide them",
+}
 
 
 def check_skipped(config: PrepareConfig, position: Position) -> None:
     """Raise UserError if too many documents were unusable."""
     found = position.documents + position.num_skipped
-    if position.num_skipped > MOST_SKIPPED * found:
-        raise UserError(
-            f"{config.source_name}: {position.num_skipped:,} of {found:,} documents "
-            f"cannot be used: {listed(position.skipped)}",
-            expected=f"at most {MOST_SKIPPED:.0%}",
-            remedy="check the source; fineweb.py --text-column takes its text from another place "
-            f"than {config.text_column!r}",
-        )
+    if position.num_skipped <= max(MOST_SKIPPED * found, position.documents > 0):
+        return
+    most_frequent = max(position.skipped, key=position.skipped.get)
+    other_column = (
+        "check the source; fineweb.py --text-column takes its text from another place "
+        f"than {config.text_column!r}"
+    )
+    raise UserError(
+        f"{config.source_name}: {position.num_skipped:,} of {plural(found, 'document')} "
+        f"cannot be used: {listed(position)}",
+        expected=f"at most {MOST_SKIPPED:.0%}",
+        remedy=REMEDIES.get(most_frequent, other_column),
+    )
 
 
 def point_out_separators(config: PrepareConfig, files: list[str], say: Callable) -> None:
@@ -1327,7 +745,7 @@ def point_out_separators(config: PrepareConfig, files: list[str], say: Callable)
         kind, compression = kind_and_compression(file)
         if kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"):
             continue
-        with naming_the_file(file):
+        with naming_the_file(file, OSError):
             found = line.search(beginning(file, compression))
         if found:
             say(
@@ -1361,6 +779,7 @@ def download_shards(config: PrepareConfig, settings: dict, say: Callable) -> Non
     wanted = wanted_shards(config, dataset, info)
     settings["revision"] = info.sha
     shards = begin_or_resume(folder, settings)["shards"]
+    refuse_links(folder / ".download")
     for number, file in enumerate(wanted[len(shards) :], start=len(shards)):
         say(f"shard {number} of {len(wanted)}: {file.rfilename}, {file.size / 1e6:,.0f} MB")
         download = functools.partial(
@@ -1391,11 +810,23 @@ def download_shards(config: PrepareConfig, settings: dict, say: Callable) -> Non
     say(f"{folder}: {num_tokens:,} tokens in {len(shards)} shards")
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise UserError if another user has put a link where the hub's client is going to write."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+            raise UserError(
+                f"{path}: a link",
+                expected="what this program made",
+                remedy=f"remove {folder}",
+            )
+
+
 def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
     """The hub's shard files to download: validation first, then as many as --max-tokens needs."""
     shards = []
     for file in info.siblings:
-        if SHARD_NAME.fullmatch(file.rfilename.rsplit("/", 1)[-1]):
+        *folders, name = file.rfilename.split("/")
+        if SHARD_NAME.fullmatch(name) and all(map(plain_name, folders)):
             shards.append(file)
     shards.sort(key=lambda file: ("_val_" not in file.rfilename, file.rfilename))
     if len(shards) < 2:
@@ -1409,10 +840,6 @@ def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
     ends = np.cumsum([(file.size - tokens.HEADER_BYTES) // 2 for file in shards])
     needed = int(np.searchsorted(ends, config.max_tokens)) + 1
     return shards[: max(2, needed)]
-
-
-class EndlessDownload(UserError):
-    """A download went on beyond the size of the file."""
 
 
 def bar_that_stops(size: int, name: str) -> type:
@@ -1431,11 +858,7 @@ def bar_that_stops(size: int, name: str) -> type:
         def update(self, n=1):
             self.received += n
             if self.received > 2 * size:
-                raise EndlessDownload(
-                    f"{name}: more than {2 * size:,} bytes came",
-                    expected=f"the {size:,} bytes that the hub lists",
-                    remedy="check the connection, then run the same command again",
-                )
+                raise EndlessDownload(name, size)
             return super().update(n)
 
     return Bar

@@ -34,6 +34,7 @@ import tiktoken
 from tools import ROOT, Hub
 
 import fineweb
+import sources
 import tokens
 from cli import UserError, run_script
 from fineweb import PrepareConfig, prepare
@@ -228,7 +229,7 @@ def test_every_format_gives_the_documents_from_every_position(
     # END separates text, so it cannot be inside. csv.reader takes \r and \r\n alike in quotes.
     documents = [text.replace(END, "") for text in documents[:100]] + ["last"]
     config = write_every_format(tmp_path, documents)[name]
-    source = fineweb.file_source(config, fineweb.expand(config.input))
+    source = sources.file_source(config, sources.expand(config.input))
     batches = list(fineweb.in_batches(source(None)))
     assert len(batches) > 5
     assert [text for batch in batches for text in batch.documents] == documents
@@ -245,7 +246,7 @@ def test_files_of_several_formats_are_one_corpus(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n')
     (tmp_path / "c.txt").write_text("four")
     config = PrepareConfig(input=(str(tmp_path),))
-    rows = fineweb.file_source(config, fineweb.expand(config.input))(None)
+    rows = sources.file_source(config, sources.expand(config.input))(None)
     assert [row.document for row in rows] == ["one", "two", "three", "four"]
 
 
@@ -294,7 +295,7 @@ def test_batches_are_read_only_as_far_ahead_as_allowed():
     def endless():
         nonlocal characters_read
         while True:
-            batch = fineweb.Batch(["a" * 900], {}, None)
+            batch = fineweb.Batch(["a" * 900], [], {}, None)
             characters_read += batch.characters
             yield batch
 
@@ -377,6 +378,7 @@ def long_run(tmp_path_factory, start):
     rng = random.Random(1)
     for i in range(3):
         texts = ["".join(rng.choices("abcdefghij \n", k=4000)) for _ in range(800)]
+        texts[10:700:100] = [None] * 7  # skipped, and counted in the manifest
         write_parquet(folder / f"in/{i}.parquet", texts, row_group_size=160)
     flags = ["--input", folder / "in/*.parquet", "--shard-tokens", 300_000, "--workers", 2]
     process, began = start(*flags, "--out", folder / "whole"), time.monotonic()
@@ -419,7 +421,7 @@ def test_a_second_process_is_told_who_has_the_directory(tmp_path, start, long_ru
 def test_ctrl_c_twice_ends_it(tmp_path, start):
     """One document of many megabytes keeps a thread busy; the others wait in the queue."""
     text = "word " * 400_000
-    write_parquet(tmp_path / "in.parquet", [text] * 20)
+    write_parquet(tmp_path / "in.parquet", [f"{i} {text}" for i in range(20)])
     flags = ["--input", tmp_path / "in.parquet", "--workers", 1, "--out", tmp_path / "o"]
     process = start(*flags)
     wait_for((tmp_path / "o" / "manifest.partial.json").exists)
@@ -517,7 +519,7 @@ def test_a_text_encoded_in_parts_has_the_tokens_of_the_whole(pieces):
     text = "".join(pieces)
     for name in ("gpt2", "bytes"):
         encoding = tokens.get_encoding(name)
-        with mock.patch.object(fineweb, "PART_CHARACTERS", 3):
+        with mock.patch.object(sources, "PART_CHARACTERS", 3):
             assert fineweb.encode_document(encoding, text).tolist() == encoding.encode_ordinary(
                 text
             )
@@ -525,12 +527,13 @@ def test_a_text_encoded_in_parts_has_the_tokens_of_the_whole(pieces):
 
 def texts(config: PrepareConfig) -> list:
     """The documents that a source yields."""
-    source = fineweb.file_source(config, fineweb.expand(config.input))
+    source = sources.file_source(config, sources.expand(config.input))
     return [row.document for row in source(None)]
 
 
-def reasons(config: PrepareConfig) -> list:
-    return [fineweb.reason_to_skip(document) for document in texts(config)]
+def reasons(config: PrepareConfig) -> list[str | None]:
+    """Why each document is skipped; None where it is not."""
+    return [None if isinstance(text, str) else text.reason for text in texts(config)]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv", "a.tsv", "a.jsonl", "a.txt"])
@@ -552,33 +555,40 @@ def test_a_document_that_is_not_utf_8_is_skipped_and_its_neighbours_are_not(tmp_
     assert reasons(PrepareConfig(input=(str(file),), split_on="|")) == [None, "not UTF-8", None]
 
 
-@pytest.mark.parametrize("name", ["bomb.jsonl.zst", "bomb.txt.gz", "bomb.txt.bz2", "bomb.json.zst"])
-@pytest.mark.parametrize("split_on", ["", "|"])
-def test_a_document_that_unpacks_without_end_is_refused(tmp_path, monkeypatch, name, split_on):
-    monkeypatch.setattr(fineweb, "MOST_DOCUMENT_BYTES", 2**23)
-    monkeypatch.setattr(fineweb, "MOST_JSON_BYTES", 2**23)
-    content = b"[" + b" " * 2**24
-    compression = fineweb.COMPRESSIONS[Path(name).suffix]
-    with pyarrow.CompressedOutputStream(str(tmp_path / name), compression) as out:
-        out.write(content)
-    config = PrepareConfig(input=(str(tmp_path / name),), split_on=split_on)
-    with pytest.raises(UserError, match=f"{name}: one document of more than .* from byte 0 on"):
-        texts(config)
+@pytest.mark.parametrize(
+    "name", ["a.txt", "b.txt.gz", "c.jsonl", "d.jsonl.zst", "e.csv", "f.arrow"]
+)
+def test_a_document_that_is_too_long_is_skipped_with_its_place(tmp_path, monkeypatch, name):
+    """And its neighbours are not. It is longer than what is read at once."""
+    monkeypatch.setattr(sources, "MOST_DOCUMENT_BYTES", 2**20)
+    documents = ["good", "long " * 2**18, "fine"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    file = tmp_path / name
+    kind = name.split(".")[1]
+    if kind == "csv":
+        file.write_text("text\n" + "\n".join(documents))
+    elif kind == "arrow":
+        table = pyarrow.table({"text": documents})
+        with pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        compression = sources.COMPRESSIONS.get(file.suffix)
+        with pyarrow.output_stream(str(file), compression=compression) as out:
+            out.write("|".join(documents).encode() if kind == "txt" else lines)
+    config = PrepareConfig(input=(str(file),), split_on="|")
+    assert reasons(config) == [None, "too long", None]
+    place = {"txt": "from byte 5 on", "jsonl": "from byte 17 on"}.get(kind, "row 2")
+    assert texts(config)[1].place == f"{file}, {place}"
 
 
-def test_few_rows_of_a_parquet_file_are_decoded_together_where_they_may_be_long(
-    tmp_path, monkeypatch
-):
-    """A string that is repeated is stored once, and would fill the memory if 128 were decoded."""
-    monkeypatch.setattr(fineweb, "MOST_DOCUMENT_BYTES", 2**20)
-    monstrous, ordinary = tmp_path / "monstrous.parquet", tmp_path / "ordinary.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 2**15] * 200}), monstrous)
-    write_parquet(ordinary, ["a short text"] * 200)
-    rows = []
-    for file in (monstrous, ordinary):
-        opened = pyarrow.parquet.ParquetFile(file)
-        rows.append(fineweb.rows_at_once(opened, 0, "text"))
-    assert rows[0] * 2**15 <= fineweb.MOST_DOCUMENT_BYTES and rows[1] == 128
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_text_file_that_is_one_document_may_be_longer(tmp_path, monkeypatch, compression):
+    """Whole corpora come as one file. A compressed one may not be much smaller than its text."""
+    monkeypatch.setattr(sources, "MOST_DOCUMENT_BYTES", 2**20)
+    file = tmp_path / ("a.txt.zst" if compression else "a.txt")
+    with pyarrow.output_stream(str(file), compression=compression) as out:
+        out.write(b"long " * 2**18)
+    assert reasons(PrepareConfig(input=(str(file),))) == ["too long" if compression else None]
 
 
 def test_unusable_documents_are_counted_and_too_many_refused(tmp_path):
@@ -597,6 +607,22 @@ def test_unusable_documents_are_counted_and_too_many_refused(tmp_path):
     file.write_bytes("\n".join(good[:20] + bad).encode("latin-1"))
     with pytest.raises(UserError, match="6 of 26 documents cannot be used"):
         prepare(PrepareConfig(input=(str(file),), out=str(tmp_path / "p")), quiet)
+
+
+def test_text_in_another_encoding_is_refused_with_its_line_and_the_command_that_converts(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\ncafé\n".encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        prepare(PrepareConfig(input=(str(tmp_path / "a.txt"),), out=str(tmp_path / "o")), quiet)
+    assert "a.txt, line 2 has the byte 0xe9" in str(error.value)
+    assert "iconv" in str(error.value) and "--text-column" not in str(error.value)
+
+
+def test_one_bad_file_among_few_is_skipped_and_named_at_the_end(tmp_path):
+    said = []
+    for name, content in (("a", b"one"), ("b", b"\xff"), ("c", b"three")):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    prepare(PrepareConfig(input=(f"{tmp_path}/*.txt",), out=str(tmp_path / "o")), said.append)
+    assert f"1 not UTF-8 ({tmp_path}/b.txt, line 1 has the byte 0xff)" in said[-1]
 
 
 def test_a_source_without_text_is_refused(tmp_path):
@@ -1043,31 +1069,43 @@ def test_pretokenized_shards_are_fetched_checked_and_never_kept_when_wrong(hub, 
     )  # kept; not needed
 
 
-def test_a_download_that_does_not_end_is_ended(hub, run, tmp_path):
-    folder = hub.root / "someone/endless"
-    folder.mkdir(parents=True)
-    for name in ("x_val_000000.bin", "x_train_000001.bin"):
-        tokens.write_shard(folder / name, np.zeros(3000, dtype=np.uint16))
-    sent = 0
+def endless(sent: list[int], matching: str):
+    """A fault: matching files come without an end. sent[0] becomes the bytes sent, 1 GB at most."""
 
-    def endless(handler, path):
-        nonlocal sent
-        if "resolve" not in path or handler.command != "GET":
+    def fault(handler, path):
+        if matching not in path or "resolve" not in path or handler.command != "GET":
             return False
         handler.send_response(200)
         handler.send_header("Connection", "close")
         handler.end_headers()
         handler.close_connection = True
         with contextlib.suppress(OSError):
-            while sent < 2**30:
-                sent += handler.wfile.write(bytes(2**20))
+            while sent[0] < 2**30:
+                sent[0] += handler.wfile.write(bytes(2**20))
         return True
 
-    hub.fault = endless
+    return fault
+
+
+def test_a_parquet_stream_that_does_not_end_is_ended(hub, run, edu, tmp_path):
+    sent = [0]
+    hub.fault = endless(sent, "001_00000.parquet")
+    code, lines = run(*edu, "--out", tmp_path / "o")
+    assert code == 2 and "001_00000.parquet: more bytes came" in lines[-1]
+    assert sent[0] < 2**26
+
+
+def test_a_download_that_does_not_end_is_ended(hub, run, tmp_path):
+    folder = hub.root / "someone/endless"
+    folder.mkdir(parents=True)
+    for name in ("x_val_000000.bin", "x_train_000001.bin"):
+        tokens.write_shard(folder / name, np.zeros(3000, dtype=np.uint16))
+    sent = [0]
+    hub.fault = endless(sent, ".bin")
     flags = ["--pretokenized", "--dataset", "someone/endless", "--out", tmp_path / "o"]
     code, lines = run(*flags)
-    assert code == 2 and "x_val_000000.bin: more than" in lines[-1]
-    assert sent < 2**28
+    assert code == 2 and "x_val_000000.bin: more bytes came" in lines[-1]
+    assert sent[0] < 2**28
     hub.fault = lambda handler, path: False
     assert run(*flags)[0] == 0
 

@@ -14,6 +14,9 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 import torch
 from mutate import campaign, limits
@@ -21,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from tools import run_main, save_tiny_model, write_bytes_data
 
 import cli
+import fineweb
 import hellaswag
 import plot
 import run_directory
 import sample
+import sources
 import train_gpt2
 from cli import UserError, exit_code_and_message
 from files import locked
@@ -221,7 +226,8 @@ def test_a_second_name_of_a_private_file_as_lock_is_refused(canary):
 def test_a_link_planted_as_log_while_training_is_not_written_through(run, canary):
     plant(run, "log.jsonl", canary.file)
     with RunDirectory(run, 128, writes=True, say=print) as directory:
-        assert "r/log.jsonl" in refused(directory.log, "train", 1)
+        directory.log("train", 1)
+        assert "r/log.jsonl" in refused(directory.wait_for_commit)
 
 
 @pytest.mark.parametrize("kind", ["file", "new", "folder"])
@@ -277,22 +283,28 @@ def wandb(monkeypatch) -> list[dict]:
     return started
 
 
+def track(config: train_gpt2.TrainConfig, folder: Path) -> None:
+    runtime = types.SimpleNamespace(say=print)
+    with RunDirectory(folder, 128, writes=True, say=print) as directory:
+        train_gpt2.open_wandb(config, directory, train_gpt2.Extras(runtime))
+
+
 @pytest.mark.parametrize("kind", ["file", "new", "folder"])
 def test_a_linked_wandb_id_is_neither_written_nor_sent(run, canary, wandb, kind):
     plant(run, "wandb_id", getattr(canary, kind))
     config = train_gpt2.RECIPES["first-run"]
     if kind == "new":
-        train_gpt2.open_wandb(config, run)
+        track(config, run)
         assert not (run / "wandb_id").is_symlink()
         assert wandb[0]["id"] == (run / "wandb_id").read_text()
     else:
-        assert "r/wandb_id" in refused(train_gpt2.open_wandb, config, run)
+        assert "r/wandb_id" in refused(track, config, run)
         assert not wandb
 
 
 def test_a_linked_wandb_folder_is_refused(run, canary, wandb):
     plant(run, "wandb", canary.folder)
-    assert "r/wandb" in refused(train_gpt2.open_wandb, train_gpt2.RECIPES["first-run"], run)
+    assert "r/wandb" in refused(track, train_gpt2.RECIPES["first-run"], run)
     assert not wandb
 
 
@@ -606,6 +618,202 @@ def test_a_model_larger_than_the_memory_is_one_line(run, capfd):
     assert "expected the work to fit in memory" in last_error(capfd)
 
 
+# ------------------------------------------------------------------------- corpora: fineweb.py
+
+
+def prepared(file: str, *more) -> int:
+    """The exit code of fineweb.py, and what it may take: a gigabyte more than it has, and a minute.
+
+    The bytes of a text are its tokens here, so that no vocabulary is loaded.
+    """
+    flags = ("--input", file, "--out", "o", "--workers", 1, "--tokenizer", "bytes", *more)
+    with limits():
+        return run_main(fineweb.main, *flags)
+
+
+def repeated(text: str, rows: int) -> pyarrow.Table:
+    """A table whose rows have one text, which it holds once."""
+    indices = pyarrow.array(np.zeros(rows, dtype=np.int8))
+    return pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(indices, [text])})
+
+
+def write_table(file: str, table: pyarrow.Table) -> None:
+    """A table as packed as it can be."""
+    if file.endswith(".parquet"):
+        pyarrow.parquet.write_table(table, file, compression="zstd")
+        return
+    new = pyarrow.ipc.new_file if file.startswith("file") else pyarrow.ipc.new_stream
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with new(file, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=1_000_000)
+
+
+TABLES = {
+    "a text of 300 MB": lambda: pyarrow.table({"text": ["x" * 300_000_000]}),
+    "a text of 25 MB, a thousand times": lambda: repeated("word " * 5_000_000, 1000),
+    "a text of 1 MB, a thousand times": lambda: repeated("word " * 200_000, 1000),
+    "a million empty texts": lambda: repeated("", 1_000_000),
+}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_that_unpacks_beyond_reason_is_refused(name, kind, capfd):
+    write_table(name, TABLES[kind]())
+    assert os.path.getsize(name) < 500_000
+    assert prepared(name) == 2
+    error = last_error(capfd)
+    assert f"{name}: " in error and "unpack to" in error
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
+def test_a_page_or_batch_that_unpacks_beyond_reason_is_refused(name, monkeypatch, capfd):
+    """Also of a file that is large enough to hold as much in all."""
+    monkeypatch.setattr(sources, "AT_ONCE", (2**20, 16))
+    write_table(name, pyarrow.table({"text": ["x" * 3_000_000]}))
+    assert prepared(name) == 2
+    assert f"{name}: " in last_error(capfd)
+
+
+@pytest.mark.parametrize("text", ["word " * 7_000_000, "x" * 5_000_000], ids=["long", "run"])
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_a_row_that_cannot_be_encoded_is_skipped_with_its_place(name, text, capfd):
+    write_table(name, pyarrow.table({"text": ["good", text, "fine"]}))
+    assert prepared(name) == 0
+    assert f"{name}, row 2)" in capfd.readouterr().out
+    assert verify(Path("o")) == len("good") + len("fine") + 2
+
+
+@pytest.mark.parametrize(
+    "kind, compression",
+    [
+        ("endless line", "zst"),
+        ("endless line", "gz"),
+        ("endless array", "zst"),
+        ("many lines", "bz2"),
+    ],
+)
+def test_a_compressed_file_that_unpacks_beyond_reason_is_refused(kind, compression, capfd):
+    name = f"a.json.{compression}"
+    begin, repeat, count = {
+        "endless line": (b'{"text": "', b"a" * 2**20, 300),
+        "many lines": (b"", b'{"text": "a"}\n' * 2**16, 3),
+        "endless array": (b'["', b" " * 2**20, 300),
+    }[kind]
+    names = {"zst": "zstd", "gz": "gzip", "bz2": "bz2"}
+    with pyarrow.output_stream(name, compression=names[compression]) as out:
+        out.write(begin)
+        for _ in range(count):
+            out.write(repeat)
+    assert prepared(name) == 2
+    found = "not JSON" if kind == "endless array" else "bytes unpack to"
+    error = last_error(capfd)
+    assert f"{name}: " in error and found in error
+
+
+LINES = {
+    "brackets.json": b"[" + b"[],[],[],[]," * 2_000_000 + b"[]]",
+    "brackets.jsonl": b"[" + b"[],[],[],[]," * 3_000_000 + b"[]]",
+    "deep.jsonl": b"[" * 1_000_000,
+    "fields.csv": b"text\n" + b"aa," * 25_000_000,
+    "quote.csv": b'text\n"' + b"aaa\n" * 20_000_000,
+    "letters.txt": b"ACGT" * 2_000_000,
+    "spaces.txt": b"a" + b" " * 8_000_000 + b"b",
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_text_that_would_take_many_times_its_memory_is_refused(name, capfd):
+    Path(name).write_bytes(LINES[name])
+    assert prepared(name) == 2
+    assert name in last_error(capfd)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_that_is_no_file_or_a_huge_one(name, kind, capfd):
+    Path(name).write_text("")
+    replace_by(kind, Path(name))
+    assert prepared(name) == 2
+    assert name in last_error(capfd)
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, -100, 5000])
+def test_an_arrow_file_shows_no_memory_beside_its_texts(offset, capfd):
+    """Offsets of texts are taken as they are by pyarrow, which then reads anywhere, or crashes."""
+    table = pyarrow.table({"text": ["hello"] * 100})
+    with pyarrow.ipc.new_stream("a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    content = Path("a.arrow").read_bytes()
+    old = np.array([490, 495, 500], "<i4").tobytes()
+    new = np.array([490, 495, offset], "<i4").tobytes()
+    assert content.count(old) == 1
+    Path("a.arrow").write_bytes(content.replace(old, new))
+    assert prepared("a.arrow") == 2
+    assert "a.arrow: " in last_error(capfd)
+
+
+def test_a_parquet_footer_of_many_columns_is_refused_unread(capfd):
+    content = b"PAR1" + bytes(2**23) + (2**23).to_bytes(4, "little") + b"PAR1"
+    Path("a.parquet").write_bytes(content)
+    assert prepared("a.parquet") == 2
+    assert "a.parquet: a footer of" in last_error(capfd)
+
+
+@pytest.mark.parametrize("column", [[["a"] * 1000] * 1000, [b"bytes"], [{"a": "b"}], [1.5]])
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
+def test_a_column_of_something_else_is_refused_unread(name, column, capfd):
+    write_table(name, pyarrow.table({"text": column}))
+    assert prepared(name) == 2
+    assert f"{name}, --text-column text: holds" in last_error(capfd)
+
+
+def test_folders_without_end_are_one_line(capfd):
+    top = os.getcwd()
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(top)
+    assert prepared("d") == 2
+    assert "nested too deeply" in last_error(capfd)
+    for _ in range(1200):  # shutil cannot
+        os.chdir("d")
+    for _ in range(1200):
+        os.chdir("..")
+        os.rmdir("d")
+
+
+@pytest.mark.parametrize("kind", ["file", "new", "folder"])
+def test_preparing_writes_through_no_link(canary, kind):
+    Path("a.txt").write_text("some text " * 100)
+    Path("o").mkdir()
+    names = ("manifest.json", "a_val_000000.bin", "a_train_000001.bin", ".lock-holder", ".x.tmp")
+    for name in names:
+        plant(Path("o"), name, getattr(canary, kind))
+    code = prepared("a.txt")
+    canary.check()
+    assert code == 2 or not Path("o/manifest.json").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["link", "link inside", "second name"])
+def test_a_download_is_not_written_through_a_link(canary, kind):
+    Path(".download").mkdir()
+    if kind == "link":
+        plant(Path(), ".download", canary.folder)
+    elif kind == "link inside":
+        plant(Path(".download"), ".cache", canary.folder)
+    else:
+        os.link(canary.file, ".download/a_val_000000.bin")
+    assert ".download" in refused(fineweb.refuse_links, Path(".download"))
+
+
+def test_names_on_the_hub_lead_nowhere_else():
+    names = ["../a_val_000000.bin", "/x/a_train_000001.bin", "a/../../a_train_000002.bin"]
+    files = [types.SimpleNamespace(rfilename=name, size=2000) for name in names]
+    info = types.SimpleNamespace(siblings=files)
+    assert "no *_val_*.bin" in refused(fineweb.wanted_shards, fineweb.PrepareConfig(), "x/y", info)
+
+
 # ------------------------------------------------------------------------- names and the terminal
 
 EVIL = "$\\write18{touch x}$ \x1b]0;title\x07 '; touch y; '\u202eevil"
@@ -695,6 +903,19 @@ def test_sampling_writes_nothing(run, capfd):
 
 
 # ------------------------------------------------------------------------------------ at random
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json"])
+def test_one_flipped_bit_in_a_checkpoint_is_found_by_name(run, name):
+    """Its size is right, and a tensor of another value is a tensor."""
+    file = run / "step_000002" / name
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert f"{name} is damaged" in run_directory.fault_of(run / "step_000002")
+    if name != "optimizer.safetensors":
+        assert name in refused(load_model, "r/step_000002")
+    assert resume(run) == run / "step_000001"
 
 
 @pytest.mark.parametrize("flips", [False, True])

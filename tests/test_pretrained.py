@@ -840,7 +840,7 @@ def test_a_refused_connection_and_a_refused_token(hub, tmp_path):
         ]
     )
     assert (
-        "ConnectError"
+        "the hub cannot be reached"
         in load_elsewhere(["plain/single"], HF_ENDPOINT="http://127.0.0.1:9", **place)[
             "plain/single"
         ]
