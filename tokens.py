@@ -15,11 +15,13 @@ Shapes: B sequences, T tokens per sequence.
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tiktoken
@@ -275,7 +277,7 @@ def add_downloaded_shard(download: Path, file: Path, sha256: str | None) -> dict
     return {"name": file.name, "tokens": shard.count, "sha256": digest}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A file of uint16 tokens, or a part of one: `count` tokens from byte `offset` on."""
 
@@ -288,7 +290,7 @@ class Shard:
         """Check the header and size of a .bin, .npy or .ds file without reading its tokens."""
         with open_file(path) as f:
             size = os.fstat(f.fileno()).st_size
-            start = f.read(2**14)  # more than any header
+            start = b"" if path.suffix == ".ds" else f.read(2**14)  # more than any header
         if path.suffix == ".npy":
             offset, count = _npy_header(path, start)
         elif path.suffix == ".ds":
@@ -365,8 +367,8 @@ def _ds_count(path: Path, size: int) -> int:
     return int(lines[1])
 
 
-def _most_maps() -> int:
-    """How many shards are kept open: a map holds a file descriptor, and a process may have few."""
+def _most_open_files() -> int:
+    """How many shards are kept open. A process may have few files open in all."""
     try:
         import resource
     except ImportError:  # Windows
@@ -377,15 +379,42 @@ def _most_maps() -> int:
     return max(1, min(256, limit // 4))
 
 
-@functools.lru_cache(maxsize=_most_maps())
-def _map(shard: Shard) -> np.ndarray:
-    return np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset, shape=(shard.count,))
+@functools.lru_cache(maxsize=_most_open_files())
+def _open_for_windows(path: Path) -> BinaryIO:
+    """A shard's file. The system is told not to read more than it is asked for.
+
+    It would otherwise read far beyond each window, which is of no use in a random order.
+    """
+    file = open_file(path)
+    if hasattr(os, "posix_fadvise"):  # Linux
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return file
+
+
+def _read_tokens(shard: Shard, first: int, count: int) -> np.ndarray:
+    """`count` tokens of a shard from its token `first` on, uint16 (count,).
+
+    It moves no file position, so that threads can read at the same time.
+    """
+    offset = shard.offset + 2 * first
+    if hasattr(os, "pread"):
+        content = os.pread(_open_for_windows(shard.path).fileno(), 2 * count, offset)
+        found = np.frombuffer(content[: len(content) // 2 * 2], dtype="<u2")
+    else:  # Windows
+        found = np.fromfile(shard.path, dtype="<u2", count=count, offset=offset)
+    if len(found) < count:
+        raise UserError(
+            f"{shard.path}: ends at token {first + len(found):,}",
+            expected=f"{shard.count:,} tokens, as when it was opened",
+            remedy="it was changed while it was in use: restore it",
+        )
+    return found
 
 
 class TokenArray:
     """Shards joined into one long array of tokens.
 
-    The files are mapped into memory when they are read, so opening a large corpus costs little.
+    Of the files only what is asked for is read, so opening a large corpus costs little.
     """
 
     def __init__(self, shards: list[Shard], vocab_size: int):
@@ -409,7 +438,8 @@ class TokenArray:
             shard = self.shards[i]
             shard_start = int(self.ends[i]) - shard.count
             first = start + filled - shard_start
-            part = _map(shard)[first : first + len(result) - filled]  # ends with the shard
+            count = min(shard.count - first, len(result) - filled)
+            part = _read_tokens(shard, first, count)
             if part.max() >= self.vocab_size:
                 raise UserError(
                     f"{shard.path}: token {part.max()} near position {first:,}",
@@ -440,7 +470,7 @@ class TokenArray:
 class TokenData:
     """A prepared corpus: its encoding, and its two splits.
 
-    fingerprint: a hash of the manifest and of samples of every shard; a run records it to recognise
+    fingerprint: a hash of the manifest and of samples of the shards; a run records it to recognise
     the data it was trained on, wherever they lie.
     """
 
@@ -474,7 +504,8 @@ def open_data(folder: str | os.PathLike) -> TokenData:
             expected="a finished data directory",
             remedy="run the same fineweb.py command again: it continues where it stopped",
         )
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    files = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
+    files.sort(key=lambda path: path.name)
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
         encoding = manifest["encoding"]
@@ -606,13 +637,14 @@ def _check_datatrove(folder: Path, names: list[str]) -> None:
             )
 
 
-# What the fingerprint reads: 64 MB of a corpus, spread evenly; two blocks of each shard at least.
+# What the fingerprint reads: 64 MB of a corpus, spread evenly. It is two blocks of each shard at
+# least, up to 2,048 shards. Of more shards it reads every second, or every third, and so on.
 SAMPLE_BYTES = 2**14
 SAMPLES = 2**12
 
 
 def _fingerprint(folder: Path, shards: list[Shard]) -> str:
-    """A hash of the manifest or the names, and of blocks spread evenly over every shard.
+    """A hash of the manifest or the names, and of blocks spread evenly over the shards.
 
     A corpus of less than 64 MB is hashed whole. In a larger one most blocks are not read, and a
     change in these is not seen. `verify` reads everything.
@@ -623,8 +655,8 @@ def _fingerprint(folder: Path, shards: list[Shard]) -> str:
     else:
         names_and_counts = [(shard.path.name, shard.count) for shard in shards]
         digest.update(json.dumps(names_and_counts).encode())
-    blocks_per_shard = max(2, SAMPLES // max(1, len(shards)))
-    for shard in shards:
+    blocks_per_shard = max(2, SAMPLES // len(shards))
+    for shard in shards[:: math.ceil(2 * len(shards) / SAMPLES)]:
         size = shard.offset + 2 * shard.count
         with open_file(shard.path) as f:
             if size <= blocks_per_shard * SAMPLE_BYTES:
@@ -687,13 +719,19 @@ def _refuse_manifest(file: Path, found: str, expected: str) -> None:
     raise UserError(f"{file}: {found}", expected=expected, remedy="prepare the data again")
 
 
-def verify_shards(folder: Path, manifest: dict) -> None:
-    """Check size and sha256 of every shard in the manifest."""
+def verify_shards(folder: Path, manifest: dict, listed_in: str = "manifest.json") -> None:
+    """Check size and sha256 of every shard in the manifest, which is the file `listed_in`."""
     for entry in manifest["shards"]:
+        if not (folder / entry["name"]).exists():
+            raise UserError(
+                f"{folder / entry['name']}: listed in {listed_in} but missing",
+                expected="all shards of the manifest",
+                remedy="restore it, or prepare into a new directory",
+            )
         shard = Shard.open(folder / entry["name"])
         if shard.count != entry["tokens"] or file_sha256(shard.path) != entry["sha256"]:
             raise UserError(
-                f"{shard.path}: {shard.count:,} tokens, not those that manifest.json lists",
+                f"{shard.path}: {shard.count:,} tokens, not those that {listed_in} lists",
                 expected=f"{entry['tokens']:,} tokens of sha256 {entry['sha256']}",
                 remedy="the file is damaged or was replaced: restore it, or prepare into a new "
                 "directory",

@@ -44,6 +44,16 @@ GPUS_A_NODE = 8
 MICRO_BATCHES = (1, 4, 8, 16, 32, 64)
 TOKENS = 10e9  # of a run
 WRITE_SPEED = 1e9  # bytes/s of a checkpoint
+MANY_GPUS = 1024
+LARGE_BATCHES = {"1M": 2**20, "2M": 2**21, "4M": 2**22, "16M": 2**24}  # tokens of a step
+
+CORPORA = {"1T": 1e12, "15T": 15e12}  # tokens
+TOKENISED_A_SECOND = (
+    0.4e6  # tokens of English by one core; docs/scaling.md says how it was measured
+)
+TOKENS_A_TASK = 4e9  # under three hours of a core
+TOKENS_A_FILE = 1e9
+CORES = 1000
 SECONDS_BETWEEN_FAILURES = {"6 hours": 6 * 3600, "1 day": 86400, "33 days": 33 * 86400}
 
 
@@ -148,6 +158,49 @@ def checkpoints_table() -> str:
     return table(["a failure every", "write at 1 GB/s", *SECONDS_BETWEEN_FAILURES], rows)
 
 
+def corpora_table() -> str:
+    rows = []
+    for name, tokens in CORPORA.items():
+        seconds = tokens / TOKENISED_A_SECOND  # of one core
+        c = SIZES["gpt2-xl"]
+        row = [
+            name,
+            f"{tokens / TOKENS_A_TASK:,.0f}",
+            f"{seconds / 3600:,.0f}",
+            duration(seconds / CORES),
+            f"{tokens / TOKENS_A_FILE:,.0f}",
+            f"{2 * tokens / 1e12:,.0f} TB",
+            f"{tokens / c.block_size / 1e9:.1f} × 10⁹",
+            duration(step_seconds(c, tokens, MANY_GPUS, SPEED)),
+        ]
+        rows.append(row)
+    head = [
+        "tokens",
+        "tasks",
+        "core hours",
+        f"on {CORES:,} cores",
+        "files",
+        "disk",
+        "windows",
+        f"gpt2-xl reads it on {MANY_GPUS:,} GPUs in",
+    ]
+    return table(head, rows)
+
+
+def many_gpus_table() -> str:
+    """The all-reduce beside the arithmetic, in ms and in relation, over a card for each GPU."""
+    rows = []
+    for name, c in SIZES.items():
+        seconds = all_reduce_seconds(c, MANY_GPUS, LINKS["8 × 400 Gb/s a node"])
+        row = [name, f"{1000 * seconds:.0f} ms"]
+        for batch in LARGE_BATCHES.values():
+            compute = step_seconds(c, batch, MANY_GPUS, SPEED)
+            row.append(f"{1000 * compute:,.0f} ms ({seconds / compute:.0%})")
+        rows.append(row)
+    batches = [f"arithmetic at {name} tokens" for name in LARGE_BATCHES]
+    return table([f"{MANY_GPUS:,} GPUs", "all-reduce", *batches], rows)
+
+
 def tables() -> list[str]:
     """Everything that docs/scaling.md shows in figures, in its order."""
     return [
@@ -155,7 +208,9 @@ def tables() -> list[str]:
         memory_table(),
         communication_table(),
         times_table(),
+        corpora_table(),
         checkpoints_table(),
+        many_gpus_table(),
     ]
 
 

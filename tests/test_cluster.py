@@ -5,6 +5,7 @@ The rest runs everywhere.
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from tools import ROOT, read_log, run_python, torchrun, write_bytes_data
 
 import process_group
+from tokens import TokenData, get_encoding, open_data, save_tokenizer
 
 BIN = Path(sys.executable).parent  # where torchrun is
 ON_LINUX = sys.platform == "linux"
@@ -323,8 +325,8 @@ def test_workers_end_when_torchrun_is_killed(data, tmp_path):
 
 
 @needs_proc
-@pytest.mark.parametrize("number_of_agents", [1, 2])
-def test_killed_workers_are_replaced_and_the_run_goes_on(data, tmp_path, number_of_agents):
+@pytest.mark.parametrize("number_of_agents, kills", [(1, 2), (2, 1)])
+def test_killed_workers_are_replaced_and_the_run_goes_on(data, tmp_path, number_of_agents, kills):
     out, log = tmp_path / "run", tmp_path / "output"
     if number_of_agents == 1:
         launcher = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
@@ -333,30 +335,9 @@ def test_killed_workers_are_replaced_and_the_run_goes_on(data, tmp_path, number_
         commands = [agent_command(free_port(), "2", flags(data, out))] * 2
     with agents(*commands, log=log):
         wait_for_steps(out, 0, log)
-        for _ in range(2):
+        for _ in range(kills):
             kill_a_worker(out, log)
             wait_for_steps(out, last_step(out), log)
-    check_log(out)
-
-
-@needs_proc
-def test_a_machine_joins_a_running_job_and_leaves_it(data, tmp_path):
-    out, log = tmp_path / "run", tmp_path / "output"
-    command = agent_command(free_port(), "1:2", flags(data, out))
-    # torch 2.13 tells an agent that joins later no address without this.
-    separate = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with agents(command, log=log, env=separate) as started, log.open("ab") as output:
-        wait_for_steps(out, 0, log)
-        assert len(workers(out)) == 1
-        started.append(start_agent(command, output, separate))
-        wait_for(lambda: len(workers(out)) == 2, "second worker", log)
-        wait_for(lambda: " 2 ranks" in log.read_text(), "run on two ranks", log)
-        wait_for_steps(out, last_step(out), log)
-        started[1].terminate()
-        started[1].wait(60)
-        wait_for(lambda: len(workers(out)) == 1, "end of the second worker", log)
-        wait_for(lambda: log.read_text().count(" 1 rank,") == 2, "run on one rank again", log)
-        wait_for_steps(out, last_step(out), log)
     check_log(out)
 
 
@@ -403,7 +384,10 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/%n.log
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=main Nodes=n[1-2] Default=YES
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n[1-2] PriorityTier=1 Default=YES
+PartitionName=urgent Nodes=n[1-2] PriorityTier=2
 """
 
 
@@ -481,7 +465,7 @@ def page_script(folder: Path, arguments: list[str]) -> Path:
 
 
 def test_the_pages_slurm_script_survives_what_a_cluster_does(slurm_cluster, data, tmp_path):
-    """A worker killed, the time limit, the next job of the chain, a requeue: nothing is lost."""
+    """A worker killed, the time limit, the next job, preemption, a dead node: nothing is lost."""
     out, log = tmp_path / "run", tmp_path / "output"
     log.touch()
     script = page_script(tmp_path, flags(data, out))
@@ -504,15 +488,45 @@ def test_the_pages_slurm_script_survives_what_a_cluster_does(slurm_cluster, data
 
     wait_for(lambda: state(jobs[1]) == "RUNNING", "start of the second job", log)
     wait_for_steps(out, last_step(out), log)
-    slurm("scontrol", "requeue", jobs[1])
-    wait_for(lambda: state(jobs[1]) == "PENDING", "requeue", log)
-    slurm("scontrol", "update", f"JobId={jobs[1]}", "StartTime=now")
-    wait_for(lambda: state(jobs[1]) == "RUNNING", "start of the requeued job", log)
+    everything = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    urgent = slurm("sbatch", *everything, "--wrap=true").split()[-1]
+    wait_for(lambda: state(jobs[1]) == "PENDING", "preemption", log)
+    wait_for(lambda: state(urgent) == "COMPLETED", "end of the urgent job", log)
+    start_again(jobs[1], log)
+    wait_for_steps(out, last_step(out), log)
+
+    kill_node(slurm_cluster, "n2")
+    slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=died")
+    wait_for(lambda: state(jobs[1]) == "PENDING", "requeue after the death of a node", log)
+    subprocess.run(["slurmd", "-N", "n2"], check=True)
+    slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+    start_again(jobs[1], log)
     wait_for_steps(out, last_step(out), log)
     slurm("scancel", jobs[1])
     wait_for(lambda: not workers(out), "end of the second job", log)
     check_log(out)
     check_weights(out, data, tmp_path)
+
+
+def start_again(job: str, log: Path) -> None:
+    """Start a job that was requeued. Slurm by itself would wait for two minutes."""
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_for(lambda: state(job) == "RUNNING", "start of the requeued job", log)
+
+
+def kill_node(folder: Path, node: str) -> None:
+    """kill -9 for everything that runs on a node of Slurm, as if its power had failed."""
+    dying = {int((folder / f"{node}.pid").read_text())}  # slurmd
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"\0SLURMD_NODENAME={node}\0".encode() in (process / "environ").read_bytes():
+                dying.add(int(process.name))
+                parent = re.search(r"PPid:\t(\d+)", (process / "status").read_text())[1]
+                if Path("/proc", parent, "comm").read_text() == "slurmstepd\n":
+                    dying.add(int(parent))
+    for process in dying:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def state(job: str) -> str:
@@ -532,7 +546,134 @@ def check_weights(out: Path, data: Path, folder: Path) -> None:
             assert (same / name).read_bytes() == (newest / name).read_bytes()
 
 
+# ---------------------------------------------------------------------------------------- Ray
+
+
+def page_pipeline(folder: Path, tasks: int) -> Path:
+    """The datatrove script of docs/scaling.md with Ray's executor, on documents in `folder`."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    (script,) = re.findall(r"```python\n(from datatrove.*?)```", page, re.DOTALL)
+    for written, here in {
+        "import SlurmPipelineExecutor  # or RayPipelineExecutor, LocalPipelineExecutor": (
+            "import RayPipelineExecutor"
+        ),
+        "    SlurmPipelineExecutor(": "    RayPipelineExecutor(",
+        'time="04:00:00",': "mem_per_cpu_gb=0.5,",
+        'partition="cpu",': "",
+        "import ParquetReader": "import JsonlReader",
+        'ParquetReader("hf://datasets/HuggingFaceFW/fineweb-edu/sample/100BT")': (
+            f'JsonlReader("{folder}/documents", compression=None)'
+        ),
+        '"tokens/fineweb-edu-100BT"': f'"{folder}/tokens"',
+        'tokenizer_name_or_path="gpt2"': f'tokenizer_name_or_path="{folder}/tokenizer.json"',
+        "max_tokens_per_file=100_000_000": "max_tokens_per_file=500",
+        "tasks=200": f"tasks={tasks}",
+        "logs/fineweb-edu-100BT": f"{folder}/logs",
+    }.items():
+        assert written in script
+        script = script.replace(written, here)
+    file = folder / "pipeline.py"
+    file.write_text(script)
+    return file
+
+
+def documents_of(data: TokenData) -> list[list[int]]:
+    """The tokens of each document, in a fixed order. They are divided at <|endoftext|>."""
+    documents = [[]]
+    for split in (data.train, data.val):
+        for token in split.read(0, len(split)).tolist():
+            if token == get_encoding("gpt2").eot_token:
+                documents.append([])
+            else:
+                documents[-1].append(token)
+    return sorted(documents)
+
+
+def test_ray_tokenises_with_the_pages_lines_and_the_trainer_takes_a_step(tmp_path):
+    """The same documents by fineweb.py give the same tokens, a literal <|endoftext|> included."""
+    pytest.importorskip("ray", reason="ray is not installed (pip install ray)")
+    from transformers import AutoTokenizer
+
+    lines = []
+    for number in range(120):
+        text = f"Document {number}, a naïve café:{' fox' * number}\n"
+        if number == 7:
+            text += "what <|endoftext|> stands for"
+        lines.append(json.dumps({"text": text, "id": str(number)}) + "\n")
+    (tmp_path / "documents").mkdir()
+    for file in range(3):
+        content = "".join(lines[40 * file : 40 * (file + 1)])
+        (tmp_path / "documents" / f"{file}.jsonl").write_text(content)
+    save_tokenizer(get_encoding("gpt2"), tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)  # writes tokenizer.json
+
+    done = run_python(page_pipeline(tmp_path, tasks=3))
+    assert done.returncode == 0, done.stderr[-5000:]
+    ours = ["--input", tmp_path / "documents", "--tokenizer", "gpt2", "--out", tmp_path / "ours"]
+    done = run_python("fineweb.py", *ours)
+    assert done.returncode == 0, done.stderr
+
+    by_ray = open_data(tmp_path / "tokens")
+    assert len(by_ray.train.shards) > 3
+    documents = documents_of(by_ray)
+    assert documents == documents_of(open_data(tmp_path / "ours"))
+    assert len(documents) == 121  # one after the last <|endoftext|>, or before the first
+
+    out = tmp_path / "run"
+    arguments = flags(tmp_path / "tokens", out, tokenizer="gpt2", max_steps=1, warmup_steps=0)
+    done = run_python("train_gpt2.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert [entry["step"] for entry in read_log(out, "train")] == [1]
+
+
+# --------------------------------------------------------------------------------- another engine
+
+ENGINE_MAIN = """
+import json, sys
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+rank, world_size = dist.get_rank(), dist.get_world_size()
+data, step_directory = sys.argv[1:]
+windows = Windows(data, 32, 8, 1337, rank, world_size)
+windows.load_state_dict({"step": 2})
+loss_fn = sharded(step_directory)
+optimizer = torch.optim.AdamW(loss_fn.parameters(), lr=1e-3)
+(inputs, targets) = next(iter(loader(windows, rank, world_size)))
+loss = loss_fn(inputs["input"], targets)
+loss.backward()
+optimizer.step()
+losses = [None] * world_size
+dist.all_gather_object(losses, loss.item())
+if rank == 0:
+    here = sum(p.to_local().numel() for p in loss_fn.parameters())
+    whole = sum(p.numel() for p in loss_fn.parameters())
+    print(json.dumps([sum(losses) / world_size, here / whole]))
+dist.destroy_process_group()
+"""
+
+
+def test_torchtitans_loader_and_fsdp_go_on_from_a_step_directory(data, tmp_path):
+    """By the page's lines. The next step has the loss that the trainer has, on a half each."""
+    pytest.importorskip("torchtitan", reason="torchtitan is not installed")
+    out = tmp_path / "run"
+    done = run_python("train_gpt2.py", *flags(data, out, max_steps=3, save_every=1, warmup_steps=1))
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", page, re.DOTALL)
+    script = tmp_path / "engine.py"
+    script.write_text(code + ENGINE_MAIN)
+    done = torchrun(2, script, data, out / "step_000002")
+    assert done.returncode == 0, done.stderr[-5000:]
+    loss, part = json.loads(done.stdout)
+    assert loss == pytest.approx(read_log(out, "train")[2]["loss"], abs=1e-6)
+    assert 0.45 < part < 0.55
+
+
 # ------------------------------------------------------------------------ hosts with a network
+
+
+MEETING = "10.77.0.1"  # the address of the first host, where the agents meet
 
 
 @pytest.fixture
@@ -540,7 +681,7 @@ def two_hosts() -> Iterator[dict[str, str]]:
     """Network namespaces as hosts: names and addresses. A bridge connects them."""
     if not AS_ROOT or not shutil.which("ip"):
         pytest.skip("needs root and iproute2")
-    hosts = {"pygpt2a": "10.77.0.1", "pygpt2b": "10.77.0.2"}
+    hosts = {"pygpt2a": MEETING, "pygpt2b": "10.77.0.2"}
     commands = ["link add pygpt2br type bridge", "link set pygpt2br up"]
     for name, address in hosts.items():
         commands += [
@@ -562,10 +703,20 @@ def two_hosts() -> Iterator[dict[str, str]]:
             subprocess.run(["ip", *command.split()], capture_output=True)
 
 
+def host_command(name: str, address: str, *arguments) -> list[str]:
+    """One agent on one of the hosts, with one worker. They meet at the first host."""
+    return [
+        *("ip", "netns", "exec", name, BIN / "torchrun"),
+        *("--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run"),
+        *(f"--rdzv-endpoint={MEETING}:29500", f"--local-addr={address}"),
+        f"--rdzv-conf=last_call_timeout=2,is_host={int(address == MEETING)}",
+        *arguments,
+    ]
+
+
 def test_two_hosts_train_are_cut_off_and_go_on(two_hosts, data, tmp_path):
     """The cable of one host is pulled. A heartbeat notices, and the other ends or goes on alone."""
     out, log = tmp_path / "run", tmp_path / "output"
-    meeting = f"10.77.0.1:{free_port()}"
     launcher = tmp_path / "train.py"  # the same script, with a heartbeat that is quick for a test
     launcher.write_text(
         "import cli, process_group, train_gpt2\n"
@@ -573,27 +724,58 @@ def test_two_hosts_train_are_cut_off_and_go_on(two_hosts, data, tmp_path):
         "cli.run_script(train_gpt2.main)\n"
     )
 
-    def commands() -> list[list[str]]:
-        every = []
-        for number, (name, address) in enumerate(two_hosts.items()):
-            every.append(
-                [
-                    *("ip", "netns", "exec", name, BIN / "torchrun"),
-                    *("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"),
-                    *("--rdzv-id=run", f"--rdzv-endpoint={meeting}", f"--local-addr={address}"),
-                    *(f"--rdzv-conf=is_host={int(number == 0)}", launcher, *flags(data, out)),
-                ]
-            )
-        return every
-
+    commands = []
+    for name, address in two_hosts.items():
+        more = ["--nnodes=2", "--max-restarts=0", launcher, *flags(data, out)]
+        commands.append(host_command(name, address, *more))
     interface = {"GLOO_SOCKET_IFNAME": "eth0"}
-    with agents(*commands(), log=log, env=interface):
+    with agents(*commands, log=log, env=interface):
         wait_for_steps(out, 0, log)
         subprocess.run(["ip", "link", "set", "vpygpt2b", "down"], check=True)
         wait_for(lambda: re.search("error: rank . on", log.read_text()), "rank that is missed", log)
         assert re.search(r"has heard nothing of (rank \d|the store)", log.read_text())
     subprocess.run(["ip", "link", "set", "vpygpt2b", "up"], check=True)
     reached = last_step(out)
-    with agents(*commands(), log=log, env=interface):
+    with agents(*commands, log=log, env=interface):
         wait_for_steps(out, reached, log)
+    check_log(out)
+
+
+@pytest.fixture
+def join_commands(request) -> Callable[..., list[list[str]]]:
+    """Makes the commands of two agents: on two hosts, or where these cannot be had on this one."""
+    try:
+        hosts = request.getfixturevalue("two_hosts")
+    except pytest.skip.Exception:
+        port = free_port()
+        return lambda *arguments: [agent_command(port, "1:2", arguments)] * 2
+
+    def commands(*arguments) -> list[list[str]]:
+        script = ["--nnodes=1:2", ROOT / "train_gpt2.py", *arguments]
+        return [host_command(name, address, *script) for name, address in hosts.items()]
+
+    return commands
+
+
+@needs_proc
+def test_a_machine_joins_a_running_job_and_leaves_it(join_commands, data, tmp_path):
+    """It is a host of its own where namespaces can be had; else a second agent on this machine."""
+    out, log = tmp_path / "run", tmp_path / "output"
+    command, late_command = join_commands(*flags(data, out))
+    # torch 2.13 tells an agent that joins later no address without this.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if "netns" in command:
+        environment["GLOO_SOCKET_IFNAME"] = "eth0"
+    with agents(command, log=log, env=environment) as started, log.open("ab") as output:
+        wait_for_steps(out, 0, log)
+        assert len(workers(out)) == 1
+        started.append(start_agent(late_command, output, environment))
+        wait_for(lambda: len(workers(out)) == 2, "second worker", log)
+        wait_for(lambda: " 2 ranks" in log.read_text(), "run on two ranks", log)
+        wait_for_steps(out, last_step(out), log)
+        started[1].terminate()
+        started[1].wait(60)
+        wait_for(lambda: len(workers(out)) == 1, "end of the second worker", log)
+        wait_for(lambda: log.read_text().count(" 1 rank,") == 2, "run on one rank again", log)
+        wait_for_steps(out, last_step(out), log)
     check_log(out)

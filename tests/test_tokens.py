@@ -825,3 +825,48 @@ def test_order_is_spread_evenly():
     chi_square = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
     degrees = (n - 1) ** 2
     assert abs(chi_square - degrees) < 6 * np.sqrt(2 * degrees)
+
+
+def test_the_fingerprint_of_many_shards_reads_no_more_than_of_few(tmp_path, monkeypatch):
+    """With room for 8 blocks, of 40 shards every tenth is read. Names and lengths all count."""
+    monkeypatch.setattr(tokens, "SAMPLES", 8)
+    for i in range(40):
+        np.full(20, i, dtype="<u2").tofile(tmp_path / f"{i:02d}.ds")
+    fingerprint = open_data(tmp_path).fingerprint
+    seen = []
+    for i in range(40):
+        patch(tmp_path / f"{i:02d}.ds", 0, b"x")
+        if open_data(tmp_path).fingerprint != fingerprint:
+            seen.append(i)
+        np.full(20, i, dtype="<u2").tofile(tmp_path / f"{i:02d}.ds")
+    assert seen == [0, 10, 20, 30]
+    np.full(21, 5, dtype="<u2").tofile(tmp_path / "05.ds")
+    assert open_data(tmp_path).fingerprint != fingerprint
+
+
+# ---------------------------------------------------------------------------- reading while in use
+
+
+def test_a_shard_that_is_cut_off_while_it_is_in_use_is_refused_by_name(tmp_path):
+    """Mapped into memory it would kill the process."""
+    np.arange(100, dtype="<u2").tofile(tmp_path / "00000_a.ds")
+    data = open_data(tmp_path)
+    os.truncate(tmp_path / "00000_a.ds", 2 * 50 + 1)
+    assert data.train.read(0, 50).tolist() == list(range(50))
+    with pytest.raises(UserError, match=r"00000_a.ds: ends at token 50\b"):
+        data.train.read(40, 60)
+
+
+@pytest.mark.skipif(not hasattr(os, "pread"), reason="opens a file each time")
+def test_few_files_are_open_at_a_time(tmp_path):
+    import resource
+
+    for i in range(1200):
+        np.full(2, i, dtype="<u2").tofile(tmp_path / f"{i:04d}.ds")
+    data = open_data(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, limits[1]))
+    try:
+        assert data.train.read(0, len(data.train))[::2].tolist() == list(range(1080))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
