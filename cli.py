@@ -37,23 +37,34 @@ class UserError(Exception):
         super().__init__(f"{found}; expected {expected}; {remedy}")
 
 
-class LostContact(UserError):
-    """Other processes of this run cannot be reached. Unlike bad input, a restart may mend it."""
+class TransientError(UserError):
+    """What a restart may mend, unlike bad input."""
+
+
+class LostContact(TransientError):
+    """Other processes of this run cannot be reached."""
 
 
 class Stopped(BaseException):
     """A signal has ended the work.
 
     Like KeyboardInterrupt it is no Exception: an `except Exception` in a library must not lose it.
+    at_once: it was not the first one, and nothing is waited for: neither a checkpoint that is being
+    written, nor threads, nor what libraries do when a process ends.
     """
 
-    def __init__(self, signum: int):
+    def __init__(self, signum: int, at_once: bool = False):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+        self.at_once = at_once
 
 
 class FailedElsewhere(Exception):
-    """Another process of this run has failed, and has said why."""
+    """Rank 0 of this run has failed, and has said why; empty where that need not be repeated."""
+
+    def __init__(self, reason: str = "", is_final: bool = True):
+        super().__init__(reason)
+        self.is_final = is_final  # of rank 0's error
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -208,7 +219,7 @@ class StopRequest:
         repeated = self.signum != 0
         self.signum = signum
         if repeated and "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise Stopped(signum)
+            raise Stopped(signum, at_once=True)
 
     def __enter__(self) -> "StopRequest":
         self._previous = handle_stop_signals(self._handle)
@@ -289,7 +300,7 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
     with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
         try:
             main()
-            code, message = 0, ""
+            code, message, at_once = 0, "", False
         except (Exception, KeyboardInterrupt, Stopped, SystemExit) as error:
             code, message = exit_code_and_message(error, out_of_memory)
             message = message.replace("\n", "\\n")  # the name of a file may have more lines
@@ -297,6 +308,7 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
                 message = traceback.format_exc().rstrip()
             if is_final(error) and not _report_final_error(message):
                 message = ""
+            at_once = isinstance(error, Stopped) and error.at_once
         # After a failure the process group is left to die with the process: to destroy it in good
         # order would be to wait for the other ranks.
         distributed = sys.modules.get("torch.distributed")
@@ -306,6 +318,8 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
             _write_message(message)
     handle_stop_signals(lambda signum, frame: None)  # it ends already, and its code is settled
     _close_output()
+    if at_once:
+        os._exit(code)
     sys.exit(code)
 
 
@@ -318,7 +332,9 @@ def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int
     if isinstance(error, Stopped):
         return 128 + error.signum, "interrupted" if error.signum == signal.SIGINT else ""
     if isinstance(error, FailedElsewhere):
-        return 2, ""
+        reason = str(error)
+        rank = os.environ.get("RANK", "0")
+        return 2, f"rank {rank} ends, since rank 0 has failed: {reason}" if reason else ""
     if isinstance(error, SystemExit):  # of the command line's reader, which has said why
         return error.code or 0, ""
     if has_lost_contact(error):
@@ -337,6 +353,13 @@ def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int
     return (2, message) if message else (1, "")
 
 
+def describe(error: BaseException) -> str:
+    """What an error says, in one line."""
+    _, message = exit_code_and_message(error, "ask for less at a time")
+    text = message.removeprefix("error: ") or f"{type(error).__name__}: {error}"
+    return text.replace("\n", "\\n")
+
+
 def what_the_machine_lacks(error: BaseException, out_of_memory: str) -> str:
     """The line for an error that says that memory or a compiler is missing; else empty."""
     reason = str(error).partition("\n")[0]
@@ -353,7 +376,9 @@ def is_final(error: BaseException) -> bool:
     """Whether the same command would fail again: bad input, but no fault of this program."""
     if isinstance(error, SystemExit):
         return error.code == 2
-    return isinstance(error, (UserError, FailedElsewhere)) and not isinstance(error, LostContact)
+    if isinstance(error, FailedElsewhere):
+        return error.is_final
+    return isinstance(error, UserError) and not isinstance(error, TransientError)
 
 
 def has_lost_contact(error: BaseException) -> bool:

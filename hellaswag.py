@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before the imports, which take seconds, so that Ct
     import cli
 
     cli.exit_on_signals()
+    cli.exit_if_restart_cannot_help()
 
 
 import functools
@@ -47,6 +48,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
+import cli
 from cli import UserError, parse_flags, run_script
 from files import read_bytes
 from model import GPT
@@ -241,8 +243,9 @@ def find_items(rt: Runtime) -> list[Item] | None:
             if not DATA.is_file():
                 download(attempts=1)
             return load_items()
-        except (UserError, OSError) as error:
-            rt.say(f"HellaSwag is skipped: {error}")
+        except Exception as error:
+            reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            rt.say(f"HellaSwag is skipped: {reason}")
             return None
 
     return rt.on_main(find)
@@ -519,20 +522,28 @@ def evaluate(
     was_training = model.training
     model.eval()
     report = Progress(rt, math.ceil(len(batches) / rt.world_size), progress)
+    fault = None
     try:
         with torch.inference_mode(), rt.autocast(), masked_attention(model.device), report:
             weight = head_weight(model, rt.dtype)
-            # In each round every rank scores one batch; in the last one some have none left.
+            # In each round every rank scores one batch; in the last one some have none left, and
+            # so has one that has failed.
             for first in range(0, len(batches), rt.world_size):
                 if between_batches is not None:
                     between_batches()
-                if first + rt.rank < len(batches):
+                if first + rt.rank < len(batches) and fault is None:
                     batch = batches[first + rt.rank]
-                    numbers, token_log_p = log_probabilities(model, weight, batch)
-                    log_p += np.bincount(numbers, token_log_p, minlength=len(log_p))
+                    try:
+                        numbers, token_log_p = log_probabilities(model, weight, batch)
+                        log_p += np.bincount(numbers, token_log_p, minlength=len(log_p))
+                    except Exception as error:
+                        if cli.is_out_of_memory(error):
+                            raise
+                        fault = error
                 report.update(log_p.reshape(-1, 4) / lengths, labels)
     finally:
         model.train(was_training)
+    raise_fault_of_any(fault, rt)
 
     log_p = rt.sum(torch.from_numpy(log_p.reshape(-1, 4)).float()).numpy()
     log_p_norm = log_p / lengths
@@ -552,6 +563,16 @@ def evaluate(
         log_p=log_p,
         log_p_norm=log_p_norm,
     )
+
+
+def raise_fault_of_any(fault: Exception | None, rt: Runtime) -> None:
+    """Raise an error on every rank if one of them had a fault, so that they stay in step."""
+    reasons = rt.gather(None if fault is None else f"{type(fault).__name__}: {fault}")
+    if fault is not None:
+        raise fault
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise RuntimeError(f"rank {rank}: {reason}")
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

@@ -211,22 +211,30 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 STATE_OF = {Muon: ("momentum",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 
 
-def optimizer_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
-    """A copy of the optimizer's state as `<parameter>.<kind>`, on the CPU; empty at first.
+def state_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>.<kind>`, empty at first.
 
-    AdamW's step count is left out: it is the number of steps that the run has made.
+    AdamW's step count is left out: it is the number of updates that the run has made.
     """
     return {
-        name: state[kind].to("cpu", copy=True).contiguous()
+        name: state[kind]
         for name, (state, kind, _) in _state_by_name(model, optimizer).items()
         if kind in state
+    }
+
+
+def optimizer_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
+    """A copy of that state on the CPU."""
+    return {
+        name: tensor.to("cpu", copy=True).contiguous()
+        for name, tensor in state_tensors(model, optimizer).items()
     }
 
 
 def load_optimizer_tensors(
     model: GPT, optimizer: Optimizer, tensors: dict[str, Tensor], step: int
 ) -> None:
-    """Put what `optimizer_tensors` returned after `step` steps back, to the last bit.
+    """Put what `optimizer_tensors` returned after `step` updates back, to the last bit.
 
     Raises UserError when the tensors are another optimizer's or another model's.
     """

@@ -165,8 +165,9 @@ def plan(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int, micro_batch: 
     micro_batch = min(micro_batch, sequences)
     micro_steps = math.ceil(sequences / micro_batch)
     return [
-        f"model          {parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads, "
-        f"{c.n_embd} channels, context {c.block_size}, vocabulary {c.vocab_size:,}",
+        f"model          {parameters(c):,} parameters: {count(c.n_layer, 'layer', 'layers')}, "
+        f"{count(c.n_head, 'head', 'heads')}, {c.n_embd} channels, "
+        f"context {c.block_size}, vocabulary {c.vocab_size:,}",
         f"training       {steps:,} steps of {batch_tokens:,} tokens = {tokens:,} tokens, "
         f"{tokens * flops_per_token(c):.2e} FLOPs",
         f"each step      {count(micro_steps, 'micro-batch', 'micro-batches')} of {micro_batch} × "

@@ -37,7 +37,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli import UserError
+from cli import Stopped, UserError
 from files import (
     file_sha256,
     locked,
@@ -56,7 +56,14 @@ from tokens import ENCODINGS, check_tokenizer, encoding_for, save_tokenizer
 SCHEMA = 2  # of state.json; a newer one is refused
 MODEL_FILES = ("config.json", "model.safetensors")  # what sampling and scoring read
 
-STATE = {"schema": int, "step": int, "elapsed": float, "data": str, "train_json": str}
+STATE = {
+    "schema": int,
+    "step": int,
+    "elapsed": float,
+    "data": str,
+    "train_json": str,
+    "spikes?": {"losses": [float], "left_out": int},  # see spikes.py
+}
 MANIFEST = {"files": {str: {"size": int, "sha256": str}}}
 BEST = {"step": int, "val_loss": float}
 
@@ -83,11 +90,14 @@ class RunDirectory:
         self._lock = contextlib.ExitStack()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._commit: Future | None = None  # the checkpoint that is being written
+        self._log_error: OSError | None = None  # why a line of the log could not be written
 
     def __enter__(self) -> "RunDirectory":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if isinstance(error, Stopped) and error.at_once:
+            return  # the process is about to end, and with it the writer and the lock
         self._writer.shutdown()
         self._lock.close()
 
@@ -99,7 +109,10 @@ class RunDirectory:
         may_hold_run: whether a run that is there already is welcome, or refused with a UserError.
         """
         refuse_inside_checkpoint(self.folder)
+        is_new = not self.folder.exists()
         self._lock.enter_context(locked(self.folder))
+        if is_new:  # what is entered last is left first: with the lock still held
+            self._lock.callback(remove_if_unused, self.folder)
         if not may_hold_run and (is_run(self.folder) or step_directories(self.folder)):
             self._lock.close()
             raise UserError(
@@ -157,13 +170,15 @@ class RunDirectory:
     # ----------------------------------------------------------------------------------- log
 
     def log(self, event: str, step: int, **values) -> None:
-        """Append one line to log.jsonl."""
-        self._raise_failed_commit()
+        """Append one line to log.jsonl. If that fails, `wait_for_commit` raises the error."""
         if not self.writes:
             return
         values = {"tokens": step * self.tokens_per_step, **values}
         line = json.dumps({"event": event, "step": step, **values}) + "\n"
-        append(self.folder / "log.jsonl", line, flush_to_disk=event != "train")
+        try:
+            append(self.folder / "log.jsonl", line, flush_to_disk=event != "train")
+        except OSError as error:
+            self._log_error = self._log_error or error
         if self.also_log:
             self.also_log(event, step, values)
 
@@ -177,16 +192,15 @@ class RunDirectory:
         encoding: tiktoken.Encoding,
         data_fingerprint: str,
         keep: int,
+        **state,
     ) -> None:
-        """Commit the checkpoint of this step, unless it is there.
+        """Commit the checkpoint of this step.
 
-        Training waits only until weights and moments are copied. Writing, hashing and flushing
-        them goes on in a thread beside the next steps; `wait_for_commit` waits for its end, and a
-        failure is raised by the next call that writes.
+        state: further values for state.json, of the shape that STATE says. Training waits only
+        until weights and moments are copied. Writing, hashing and flushing them goes on in a thread
+        beside the next steps. `wait_for_commit` waits for its end and raises what went wrong, and
+        `has_failed` tells without waiting whether something did.
         """
-        if not self.writes or step == self.last_saved:
-            self.last_saved = step
-            return
         self.wait_for_commit()
         began = time.perf_counter()
         snapshot = cpu_copy(model)
@@ -198,20 +212,29 @@ class RunDirectory:
             "elapsed": self.elapsed,
             "data": data_fingerprint,
             "train_json": file_sha256(self.folder / "train.json"),
+            **state,
         }
         # The event is in the log before the checkpoint is there: a resumed run cuts the log back to
         # its checkpoint, so an event too many disappears, and one too few would never come back.
         self.log("save", step, seconds=round(time.perf_counter() - began, 3))
+        self.wait_for_commit()
         self._commit = self._writer.submit(
             commit_checkpoint, self.folder, snapshot, encoding, tensors, state, keep
         )
-        self.last_saved = step
 
     def wait_for_commit(self) -> None:
-        """Return once the last checkpoint is on disk under its name."""
+        """Return once log and last checkpoint are on disk. Raises what went wrong with them."""
+        if self._log_error:
+            raise self._log_error
         if self._commit:
             commit, self._commit = self._commit, None
             commit.result()
+
+    def has_failed(self) -> bool:
+        """Whether `wait_for_commit` would raise, as far as is known without waiting."""
+        if self._commit and self._commit.done() and self._commit.exception():
+            return True
+        return self._log_error is not None
 
     def in_background(self, work: Callable[[], None]) -> None:
         """Have some work done beside the next steps, by the thread that writes checkpoints.
@@ -219,10 +242,6 @@ class RunDirectory:
         It must not fail: nobody asks how it ended. The run waits for its end when it closes.
         """
         self._writer.submit(work)
-
-    def _raise_failed_commit(self) -> None:
-        if self._commit and self._commit.done():
-            self.wait_for_commit()
 
     # ---------------------------------------------------------------------------------- best
 
@@ -233,10 +252,9 @@ class RunDirectory:
 
     def mark_best(self, step: int, val_loss: float) -> None:
         """Name this step, which is saved, the best one so far: pruning spares it."""
-        if self.writes:
-            self.wait_for_commit()
-            content = json.dumps({"step": step, "val_loss": val_loss}) + "\n"
-            write_file(self.folder / "best.json", content.encode())
+        self.wait_for_commit()
+        content = json.dumps({"step": step, "val_loss": val_loss}) + "\n"
+        write_file(self.folder / "best.json", content.encode())
 
 
 # ---------------------------------------------------------------------------------- committing
@@ -389,6 +407,19 @@ def read_state(folder: Path) -> dict:
             expected=f"the step in the directory's name, {folder.name}",
             remedy="use another checkpoint",
         )
+    spikes = state.get("spikes", {"losses": [], "left_out": 0})
+    if not 0 <= spikes["left_out"] <= state["step"]:
+        raise UserError(
+            f"{file}: {spikes['left_out']} updates left out",
+            expected=f"at most as many as steps, {state['step']}",
+            remedy="use another checkpoint",
+        )
+    if any(abs(loss) > torch.finfo(torch.float32).max for loss in spikes["losses"]):
+        raise UserError(
+            f"{file}: a loss of {max(spikes['losses'], key=abs)}",
+            expected="float32 numbers",
+            remedy="use another checkpoint",
+        )
     return state
 
 
@@ -519,6 +550,13 @@ def resolve_model(name: str | None, warn: Callable[[str], None] = print) -> str:
     place = Path(name) if name else newest_run()
     # Below runs/ nothing is looked up on the hub. A folder without any .json never became a run.
     is_there = place.is_file() or any(place.glob("*.json"))
+    if is_run(place.parent) and not is_there:
+        steps = [folder.name for folder in step_directories(place.parent)]
+        raise UserError(
+            f"{place}: no such checkpoint",
+            expected=f"one of {', '.join(steps)}" if steps else "a run that has saved one",
+            remedy="check the name, or name the run alone",
+        )
     if place.parts[:1] == ("runs",) and not is_there:
         runs = sorted(str(run) for run in Path("runs").glob("*") if is_run(run))
         raise UserError(
@@ -605,6 +643,14 @@ def prune(run: Path, keep: int) -> None:
         if folder != best:
             (folder / "manifest.json").unlink(missing_ok=True)  # half-removed, it is never valid
             remove(folder)
+
+
+def remove_if_unused(folder: Path) -> None:
+    """Remove a directory in which no run was begun, as by a start that found no data."""
+    locks = {".lock", ".lock-holder"}
+    with contextlib.suppress(OSError):
+        if set(os.listdir(folder)) <= locks:
+            shutil.rmtree(folder)
 
 
 def set_aside(folder: Path) -> None:

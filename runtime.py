@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,11 +102,12 @@ class Runtime:
         """Rank 0's value, on every rank, once all ranks have come here."""
         return self.gather(value)[0]
 
-    def on_main(self, work: Callable[[], Any]) -> Any:
+    def on_main(self, work: Callable[[], Any], aloud: bool = False) -> Any:
         """Do some work on rank 0 alone; returns its result on every rank.
 
         It may take longer than a collective may: the others wait at the store meanwhile. Where it
-        fails, all ranks end: rank 0 with the error, the others without a word.
+        fails, all ranks end: rank 0 with the error, the others without a word, or `aloud` with a
+        line that repeats it, for whoever reads their output alone.
         """
         result, error = None, None
         if self.is_main:
@@ -115,33 +116,53 @@ class Runtime:
             except Exception as caught:
                 error = caught
         self._wait_for_main()
-        failed, result = self.broadcast((error is not None, result))
+        failure = (cli.describe(error), cli.is_final(error)) if error else None
+        failure, result = self.broadcast((failure, result))
         if error:
             raise error
-        if failed:
-            raise FailedElsewhere
+        if failure:
+            reason, is_final = failure
+            raise FailedElsewhere(reason if aloud else "", is_final)
         return result
 
     def raise_on_all(self, error: Exception) -> NoReturn:
         """End all ranks, which have found the same error: rank 0 with it, the others silently."""
-        raise error if self.is_main else FailedElsewhere
+        raise error if self.is_main else FailedElsewhere(is_final=cli.is_final(error))
 
     def _wait_for_main(self) -> None:
-        """Wait until rank 0 has come here, however long it takes."""
+        """Wait until rank 0 has come here, however long it takes.
+
+        The store may be gone, as when torchrun is killed, and there is still a checkpoint to save.
+        Then the collective that follows waits, which it does for ten minutes at most.
+        """
         if self.world_size == 1:
             return
         key = f"on_main/{next(self._main_works)}"
-        if self.is_main:
-            self.store.set(key, "done")
-        pause = 0.01
-        while not self.store.check([key]):
-            time.sleep(pause)
-            pause = min(2 * pause, 0.5)
+        with contextlib.suppress(RuntimeError):
+            if self.is_main:
+                self.store.set(key, "done")
+            pause = 0.01
+            while not self.store.check([key]):
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, so that a clock can be read."""
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """A sum over the bits of float32 tensors, which any single flipped bit changes.
+
+    It is one pass over them, where they are; on a GPU the host waits once, for the sum.
+    """
+    sums = []
+    for tensor in tensors:
+        bits = tensor.detach().reshape(-1).view(torch.int32)
+        # torch makes 64-bit integers of all before it adds them, so a large tensor goes in pieces.
+        sums += [piece.sum() for piece in bits.split(2**19)]
+    return int(torch.stack(sums).sum())
 
 
 # ---------------------------------------------------------------------------------------- start

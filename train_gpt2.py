@@ -55,7 +55,15 @@ import cli
 import fineweb
 import hellaswag
 import run_directory
-from cli import Stopped, StopRequest, UserError, parse_flags, run_script
+from cli import (
+    FailedElsewhere,
+    Stopped,
+    StopRequest,
+    TransientError,
+    UserError,
+    parse_flags,
+    run_script,
+)
 from files import plain_name, read_bytes, read_json, write_file
 from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
 from gradients import check_tree, sum_in_fixed_order
@@ -65,12 +73,14 @@ from optimizer import (
     make_optimizer,
     optimizer_tensors,
     set_learning_rate,
+    state_tensors,
 )
 from plan import flops_per_token, parameters, plan, plan_for, plan_time
 from plot import draw_curves
 from run_directory import RunDirectory
-from runtime import Runtime, multiplies_bfloat16, peak_flops, start
+from runtime import Runtime, checksum, multiplies_bfloat16, peak_flops, start
 from sample import sample_text
+from spikes import SpikeGuard
 from tokens import (
     ENCODINGS,
     SUFFIXES,
@@ -145,6 +155,7 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     weight_decay: float = 0.1  # decay of matrices and embeddings; biases and norms have none
     grad_clip: float = 1.0  # largest gradient norm; a longer gradient is scaled down to it
+    skip_spikes: bool = False  # leave out an update whose loss jumps; without it, only warn
     seed: int = 1337  # seed of the initial weights, of the order of the data, and of dropout
     deterministic: bool = False  # compute the same bits on 1, 2, 4, 8, … ranks
 
@@ -321,6 +332,10 @@ FREE_ON_RESUME = {
 }
 
 
+# Values that older versions have not written into train.json; the runs were made with the default.
+ADDED_LATER = {"skip_spikes"}
+
+
 # ---------------------------------------------------------------------------------- the pieces
 
 
@@ -418,12 +433,14 @@ def train_step(
     config: TrainConfig,
     rt: Runtime,
     step: int = 0,
+    leave_out: Callable[[float], bool] = lambda loss: False,
 ) -> tuple[float, float]:
     """One update from this rank's windows, int64 (sequences_per_step / W, T + 1).
 
     Returns the mean loss of the global batch before the update, in nats per token, and the norm of
     its gradient before clipping. Ends every rank with UserError, before anything is updated, when
-    loss or norm is not finite. `step` seeds dropout.
+    loss or norm is not finite. `step` seeds dropout. Where `leave_out(loss)` is true nothing is
+    updated.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # 1) After this line every rank holds the gradient of the mean loss of the global batch.
@@ -444,7 +461,8 @@ def train_step(
         )
         rt.raise_on_all(error)
     # 3) After this line the weights are updated, the same on every rank.
-    optimizer.step()
+    if not leave_out(loss):
+        optimizer.step()
     # With one rank the gradients are freed. With several they are set to zero: under DDP each is a
     # part of a bucket, and a freed one would have to be copied into its bucket again.
     optimizer.zero_grad(set_to_none=rt.world_size == 1)
@@ -613,18 +631,24 @@ class Training:
     encoding: tiktoken.Encoding
     model: GPT  # the plain one, neither compiled nor distributed
     optimizer: torch.optim.Optimizer
+    guard: SpikeGuard
     run: RunDirectory
+    extras: "Extras"
     hellaswag_items: list[hellaswag.Item] | None
 
 
 # How a run stops. A signal makes cli.StopRequest note its number, and nothing else. The ranks
 # compare these numbers at certain points, all at the same ones. If one rank has been signalled,
 # AllRanksStop is raised on every rank. The loop then saves, and raises cli.Stopped, which becomes
-# the exit code.
+# the exit code. What rank 0 could not write is told to the others in the same way, and the error is
+# raised instead.
 
 
-class AllRanksStop(Exception):
-    """At least one rank has been asked to stop, and every rank has heard of it."""
+class AllRanksStop(BaseException):
+    """One rank has been asked to stop, or cannot go on, and every rank has heard of it.
+
+    No Exception, so that none of the side activities that must not end a run can lose it.
+    """
 
 
 def train(training: Training) -> None:
@@ -640,7 +664,7 @@ def train(training: Training) -> None:
     spare_garbage_collector()
     step = run.step
     with StopRequest() as stop, Progress(config, rt, run.step) as progress:
-        check_stop = functools.partial(raise_if_any_rank_stops, stop, rt)
+        check_stop = functools.partial(raise_if_any_rank_stops, stop, run, rt)
         try:
             # The last round, at max_steps, only saves and reports.
             for step in range(run.step, config.max_steps + 1):
@@ -652,14 +676,16 @@ def train(training: Training) -> None:
                 if is_due("hellaswag", step, training):
                     score_hellaswag(step, training, check_stop)
                 if is_due("sample", step, training):
-                    write_sample(step, training)
+                    rt.on_main(functools.partial(write_sample, step, training), aloud=True)
                 if step == config.max_steps:
                     break
                 began = time.perf_counter()
                 rate = learning_rate(step, config)
                 set_learning_rate(training.optimizer, rate)
                 batch = next(batches)
-                loss, norm = train_step(loss_fn, training.optimizer, batch, config, rt, step)
+                loss, norm = train_step(
+                    loss_fn, training.optimizer, batch, config, rt, step, training.guard.leave_out
+                )
                 seconds = time.perf_counter() - began
                 run.elapsed += seconds
                 speed = progress.step_done(step + 1, loss, seconds)
@@ -672,20 +698,38 @@ def train(training: Training) -> None:
                     **speed,
                     elapsed=round(run.elapsed, 3),
                 )
+                if training.guard.sees_spike:
+                    report_spike(step + 1, loss, training)
         except AllRanksStop:
+            rt.on_main(run.wait_for_commit, aloud=True)
             if config.save_every:
                 save(step, training)
-            run.wait_for_commit()
+            rt.on_main(run.wait_for_commit, aloud=True)
             rt.say(how_to_go_on(step, config, run))
             raise Stopped(rt.max_over_ranks(stop.signum)) from None
-    run.wait_for_commit()
+    rt.on_main(run.wait_for_commit, aloud=True)
+    # A crash may have come between the last save and its pruning, and the best may be another now.
+    rt.on_main(functools.partial(run_directory.prune, run.folder, config.keep), aloud=True)
     rt.say("", *progress.summary(run.elapsed))
 
 
-def raise_if_any_rank_stops(stop: StopRequest, rt: Runtime) -> None:
-    """Raise AllRanksStop on every rank once one of them has been signalled."""
-    if rt.max_over_ranks(stop.signum):
+def raise_if_any_rank_stops(stop: StopRequest, run: RunDirectory, rt: Runtime) -> None:
+    """Raise AllRanksStop on every rank once one is signalled, or rank 0 could not write."""
+    if rt.max_over_ranks(max(stop.signum, int(run.has_failed()))):
         raise AllRanksStop
+
+
+def report_spike(step: int, loss: float, training: Training) -> None:
+    """Log a loss that has jumped, and warn of it."""
+    guard = training.guard
+    training.run.log("spike", step, loss=loss, z=round(guard.z, 2), left_out=guard.skips)
+    outcome = "its update was made; in a new run --skip-spikes would leave such updates out"
+    if guard.skips:
+        outcome = "its update was left out"
+    training.rt.say(
+        f"warning: step {step}: loss {loss:.4f} is a spike, {guard.z:.1f} standard deviations "
+        f"above the mean of the {guard.WINDOW} before it; {outcome}"
+    )
 
 
 def is_due(event: str, step: int, training: Training) -> bool:
@@ -710,14 +754,46 @@ def save(step: int, training: Training) -> None:
     It counts only when it is whole: run_directory.py writes all its files under another name, then
     a manifest with their hashes, and renames the directory last. A resumed run verifies the hashes.
     """
-    training.run.save(
+    run = training.run
+    if step == run.last_saved:
+        return
+    check_ranks_are_equal(step, training)
+    save_on_main = functools.partial(
+        run.save,
         step,
         training.model,
         functools.partial(optimizer_tensors, training.model, training.optimizer),
         encoding=training.encoding,
         data_fingerprint=training.data.fingerprint,
         keep=training.config.keep,
+        spikes=training.guard.state(),
     )
+    training.rt.on_main(save_on_main, aloud=True)
+    run.last_saved = step
+
+
+def check_ranks_are_equal(step: int, training: Training) -> None:
+    """End the run where a rank's weights or moments are not those of the others.
+
+    All ranks make the same updates, so this is a fault of a machine, such as a bit that flipped in
+    its memory. Which rank is wrong is a matter of majority, and of two ranks it is open.
+    """
+    rt = training.rt
+    if rt.world_size == 1:
+        return
+    moments = state_tensors(training.model, training.optimizer).values()
+    sums = rt.gather(checksum([*training.model.parameters(), *moments]))
+    usual = max(sums, key=sums.count)  # the first of those that are equally frequent: rank 0's
+    different = [str(rank) for rank, value in enumerate(sums) if value != usual]
+    if different:
+        error = TransientError(
+            f"step {step}: weights or moments of rank {', '.join(different)} are not those of rank "
+            f"{sums.index(usual)}",
+            expected="the same bits on every rank",
+            remedy="nothing was saved; continue with --resume from the last checkpoint, which is "
+            "sound, and test the machines' memory if it happens again",
+        )
+        rt.raise_on_all(error)
 
 
 def validate(step: int, training: Training, check_stop: Callable[[], None]) -> float:
@@ -728,43 +804,42 @@ def validate(step: int, training: Training, check_stop: Callable[[], None]) -> f
     loss = result["val_loss"]
     # The best is marked before the result is logged. A run that is killed in between validates this
     # step again when the run is continued, and finds the same.
-    if config.keep_best and step > 0 and loss < run.lowest_validation_loss():
+    if config.keep_best and step > 0 and loss < rt.on_main(run.lowest_validation_loss):
         save(step, training)
-        run.mark_best(step, loss)
+        rt.on_main(functools.partial(run.mark_best, step, loss), aloud=True)
     run.log("eval", step, **result)
     rt.say(
         f"step {step:>6}  validation loss {loss:.4f} nats per token, "
         f"{result['bits_per_byte']:.4f} bits per byte"
     )
     if rt.is_main:
-        run.in_background(functools.partial(draw_curves_or_warn, run.folder))
+        run.in_background(functools.partial(draw_run, training))
     return loss
 
 
 def score_hellaswag(step: int, training: Training, check_stop: Callable[[], None]) -> None:
     """Log the HellaSwag score."""
-    result = hellaswag.evaluate(
-        training.model,
-        training.encoding,
-        training.hellaswag_items,
-        rt=training.rt,
-        between_batches=check_stop,
-    )
-    values = {"acc": result.acc, "acc_norm": result.acc_norm, "items": result.items}
-    training.run.log("hellaswag", step, **values)
-    training.rt.say(
-        f"step {step:>6}  HellaSwag acc {result.acc:.4f}, acc_norm {result.acc_norm:.4f} "
-        f"on {result.items:,} items"
-    )
+    with training.extras.attempt("HellaSwag is not scored"):
+        result = hellaswag.evaluate(
+            training.model,
+            training.encoding,
+            training.hellaswag_items,
+            rt=training.rt,
+            between_batches=check_stop,
+        )
+        values = {"acc": result.acc, "acc_norm": result.acc_norm, "items": result.items}
+        training.run.log("hellaswag", step, **values)
+        training.rt.say(
+            f"step {step:>6}  HellaSwag acc {result.acc:.4f}, acc_norm {result.acc_norm:.4f} "
+            f"on {result.items:,} items"
+        )
 
 
 def write_sample(step: int, training: Training) -> None:
     """Log a text that the model writes from nothing, the same seed each time. Rank 0 alone."""
-    config, rt = training.config, training.rt
-    if not rt.is_main:
-        return
-    generator = torch.Generator(rt.device).manual_seed(config.seed)
-    with rt.autocast():
+    rt = training.rt
+    generator = torch.Generator(rt.device).manual_seed(training.config.seed)
+    with training.extras.attempt("no sample is written"), rt.autocast():
         (text,) = sample_text(
             training.model,
             training.encoding,
@@ -775,8 +850,40 @@ def write_sample(step: int, training: Training) -> None:
             top_k=50,
             generator=generator,
         )
-    training.run.log("sample", step, text=text)
-    rt.say(f"step {step:>6}  sample:", text)
+        training.run.log("sample", step, text=text)
+        rt.say(f"step {step:>6}  sample:", text)
+
+
+def draw_run(training: Training) -> None:
+    """Draw curves.png."""
+    folder = training.run.folder
+    with training.extras.attempt("no curves are drawn"):
+        draw_curves([folder], folder / "curves.png")
+
+
+class Extras:
+    """What a run does beside training. A fault there is a warning, once of each kind.
+
+    Not so a lost rank, little memory, and what rank 0 cannot write: training would meet them next.
+    """
+
+    def __init__(self, rt: Runtime):
+        self.rt = rt
+        self.warned: set[str] = set()
+
+    @contextlib.contextmanager
+    def attempt(self, if_it_fails: str) -> Iterator[None]:
+        """Let a block fail, and say then what does not happen and why."""
+        try:
+            yield
+        except Exception as error:
+            is_of_training = isinstance(error, (TransientError, FailedElsewhere))
+            if is_of_training or cli.has_lost_contact(error) or cli.is_out_of_memory(error):
+                raise
+            if if_it_fails not in self.warned:
+                self.warned.add(if_it_fails)
+                reason = f"{type(error).__name__}: {error}"
+                self.rt.say(f"warning: {if_it_fails} ({reason}); training goes on")
 
 
 # --------------------------------------------------------------------------------------- main
@@ -797,6 +904,7 @@ def main(args: list[str] | None = None) -> None:
     if config.dry_run:
         rt.say(*dry_run(config, rt))
         return
+    check_restarts(config)
     with open_run_directory(config, rt) as run:
         data = prepare_data(config, rt)
         config = replace(config, tokenizer=data.encoding)  # shards say what they hold
@@ -806,17 +914,19 @@ def main(args: list[str] | None = None) -> None:
             checkpoint = rt.on_main(run.newest_checkpoint)  # verified by rank 0, for all
         model = build_model(config, data, rt, checkpoint)
         optimizer = make_optimizer(model, config)
+        guard = SpikeGuard(config.skip_spikes)
         if checkpoint:
-            load_checkpoint(checkpoint, model, optimizer, run, data)
+            load_checkpoint(checkpoint, model, optimizer, guard, run, data)
         else:
             # Without what only says where these values come from and where they go to.
             saved = replace(config, resume=False, out="", config="")
             rt.on_main(lambda: run.begin(asdict(saved), rt.device))
-        if config.wandb and rt.is_main:
-            run.also_log = open_wandb(config, run.folder)
+        extras = Extras(rt)
+        if config.wandb:
+            rt.on_main(functools.partial(open_wandb, config, run, extras))
         items = hellaswag.find_items(rt) if config.hellaswag_every else None
         encoding = get_encoding(data.encoding)
-        training = Training(config, rt, data, encoding, model, optimizer, run, items)
+        training = Training(config, rt, data, encoding, model, optimizer, guard, run, extras, items)
         rt.say(*describe_run(training, checkpoint))
         train(training)
         rt.say(*what_next(training))
@@ -925,7 +1035,8 @@ def what_next(training: Training) -> list[str]:
     lines.append(f"  python sample.py --model {folder} --num-samples 3")
     if config.recipe == "first-run" and same_path(config.data, FIRST_RUN_FOLDER):
         lines.append(f"  python train_gpt2.py --init-from {folder} --data input.txt")
-    lines.append(f"  python hellaswag.py --model {folder}")
+    if training.encoding.name != "bytes":  # such a model knows too few words to be asked
+        lines.append(f"  python hellaswag.py --model {folder}")
     if config.hellaswag_every and training.hellaswag_items is None:
         lines.append(
             "HellaSwag was not scored in this run, since its items could not be had when it began. "
@@ -1116,10 +1227,11 @@ def load_checkpoint(
     checkpoint: Path,
     model: GPT,
     optimizer: torch.optim.Optimizer,
+    guard: SpikeGuard,
     run: RunDirectory,
     data: TokenData,
 ) -> None:
-    """Set the optimizer and the run back to a checkpoint whose weights the model has already."""
+    """Set all else back to a checkpoint whose weights the model has already."""
     state = run.continue_from(checkpoint)
     if state["data"] != data.fingerprint:
         raise UserError(
@@ -1127,8 +1239,10 @@ def load_checkpoint(
             expected="the same shards, wherever they lie",
             remedy="restore them, name their place with --data, or start a new run",
         )
+    if "spikes" in state:  # checkpoints of older versions are without
+        guard.load(state["spikes"])
     tensors = run_directory.read_optimizer_tensors(checkpoint)
-    load_optimizer_tensors(model, optimizer, tensors, run.step)
+    load_optimizer_tensors(model, optimizer, tensors, run.step - guard.left_out)
 
 
 def check_batch(config: TrainConfig, world_size: int) -> None:
@@ -1153,6 +1267,24 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
     )
 
 
+def check_restarts(config: TrainConfig) -> None:
+    """Refuse what would fail at torchrun's first restart on several machines.
+
+    After a restart a run is continued if the same job has begun it (`with_resume_after_restart`).
+    Machines know that they are of one job by torchrun's --rdzv-id.
+    """
+    has_name = os.environ.get("TORCHELASTIC_RUN_ID") != "none"
+    is_one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if config.resume or has_name or is_one_machine or restarts == "0":
+        return
+    raise UserError(
+        f"--max-restarts {restarts} on several machines, without --rdzv-id or --resume",
+        expected="what tells a restarted worker that the run in --out is its own",
+        remedy="add --resume to train_gpt2.py's flags: it starts the run if there is none yet",
+    )
+
+
 def check_agreement(config: TrainConfig, data: TokenData, rt: Runtime) -> None:
     """Refuse ranks that were started with different flags, or that see different shards."""
     values = [asdict(replace(config, out="")), data.fingerprint]
@@ -1168,8 +1300,12 @@ def check_agreement(config: TrainConfig, data: TokenData, rt: Runtime) -> None:
         rt.raise_on_all(error)
 
 
-def open_wandb(config: TrainConfig, folder: Path) -> Callable[[str, int, dict], None]:
-    """Send the log to the Weights & Biases run that belongs to the run directory."""
+def open_wandb(config: TrainConfig, run: RunDirectory, extras: Extras) -> None:
+    """From now on send the log to the Weights & Biases run that belongs to the run directory.
+
+    Without the package the run is refused. Whatever the service does, from a login that is missing
+    to a network that is down, the run goes on.
+    """
     try:
         import wandb
     except ImportError:
@@ -1178,32 +1314,30 @@ def open_wandb(config: TrainConfig, folder: Path) -> Callable[[str, int, dict], 
             expected="it beside the other packages",
             remedy="pip install wandb, or drop the flag",
         ) from None
+    folder = run.folder
     if (folder / "wandb").is_symlink():
         raise UserError(
             f"{folder / 'wandb'}: a symbolic link",
             expected="the folder that wandb has made in the run directory",
             remedy="remove the link",
         )
-    try:
+    name = wandb_id(folder / "wandb_id")
+    if_it_fails = "nothing is sent to Weights & Biases"
+
+    def send(event: str, step: int, values: dict) -> None:
+        with extras.attempt(if_it_fails):
+            tracker.log({f"{event}/{key}": value for key, value in values.items()}, step=step)
+
+    with extras.attempt(if_it_fails):
         tracker = wandb.init(
             project="pygpt2",
             name=folder.name,
-            id=wandb_id(folder / "wandb_id"),
+            id=name,
             resume="allow",
             dir=folder,
             config=asdict(config),
         )
-    except wandb.Error as error:
-        raise UserError(
-            f"--wandb: {error}",
-            expected="to start or to continue its run",
-            remedy="log in, set WANDB_MODE=offline, or drop the flag",
-        ) from None
-
-    def send(event: str, step: int, values: dict) -> None:
-        tracker.log({f"{event}/{key}": value for key, value in values.items()}, step=step)
-
-    return send
+        run.also_log = send
 
 
 def wandb_id(file: Path) -> str:
@@ -1225,14 +1359,6 @@ def spare_garbage_collector() -> None:
     """Exempt what exists now, and lives as long as the run, from Python's garbage collection."""
     gc.collect()
     gc.freeze()
-
-
-def draw_curves_or_warn(folder: Path) -> None:
-    """Draw curves.png. If that fails, say so, and let the run go on."""
-    try:
-        draw_curves([folder], folder / "curves.png")
-    except Exception as error:
-        cli.say(f"warning: no curves are drawn ({type(error).__name__}: {error})")
 
 
 # ------------------------------------------------------------------------------------ progress
@@ -1439,7 +1565,10 @@ def run_to_continue(source: argparse.Namespace, recipe: str) -> Path:
 def read_train_json(file: Path) -> TrainConfig:
     """A saved configuration. Every value must be there, and of its field's type."""
     fields = {field.name: type(field.default) for field in dataclasses.fields(TrainConfig)}
-    values = read_json(file, fields)
+    shape = {}
+    for name, kind in fields.items():
+        shape[f"{name}?" if name in ADDED_LATER else name] = kind
+    values = read_json(file, shape)
     values.pop("started", None)
     unknown = values.keys() - fields.keys()
     if unknown:
@@ -1521,7 +1650,8 @@ def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
         raise UserError(
             ", ".join(changed),
             expected=f"the values that {saved.out} was started with",
-            remedy="drop the flags, or start a new run in another --out",
+            remedy="drop the flags, or go on from its weights in a new run, with "
+            f"--init-from {saved.out} and another --out",
         )
 
 

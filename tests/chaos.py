@@ -1,18 +1,26 @@
 """Kill training runs at random moments, resume them, and compare them with undisturbed ones.
 
     python tests/chaos.py --kills 25
+    python tests/chaos.py --schedules 20    with --deterministic, on changing numbers of ranks
 
-Runs of a tiny model with one, two, three and four ranks are killed with SIGKILL, a rank at a time,
-and resumed, until the wanted number of kills is reached. Half of the kills are aimed at a save:
-they wait until its temporary directory appears. In the end the weights, the optimizer's state, the
-log without its timing, and the list of checkpoints must be those of a run that nobody disturbed,
-byte for byte.
+Runs of a tiny model with one, two, three and four ranks, half of them with Muon, are killed with
+SIGKILL, a rank at a time, and resumed, until the wanted number of kills is reached. Every second
+kill is aimed at a save. In the end all files of all checkpoints, the log without its timing, and
+the list of what is in the directory must be those of a run that nobody disturbed, byte for byte.
+Fewer than 30% of kills inside saves count as a failure too.
 
-The ranks are forked from a process that has imported everything, so that a start takes a fraction
-of a second. They meet as the workers of torchrun do.
+A schedule is a run that goes on with one, two or four ranks after each kill, drawn at random. It is
+compared with an undisturbed run of one rank.
+
+The ranks are forked from a process that has imported everything, so that a start takes a tenth of
+a second. They meet as the workers of torchrun do.
 """
 
 import argparse
+import contextlib
+import functools
+import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -32,15 +40,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tools import read_log, write_bytes_data  # noqa: E402
 
-WORLD_SIZES = (1, 2, 3, 4)
-FLAGS = """
-    --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 768 --micro-batch 2
-    --max-steps 12 --warmup-steps 2 --eval-every 3 --eval-tokens 1000 --sample-every 0
+OPTIMIZERS = ("adamw", "muon")
+STEPS = 9
+FLAGS = f"""
+    --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 384 --micro-batch 1
+    --max-steps {STEPS} --warmup-steps 2 --eval-every 3 --eval-tokens 1000 --sample-every 0
     --save-every 2 --keep 2 --keep-best --dropout 0.1 --dtype float32 --device cpu --no-compile
 """
+LEAST_SHARE_IN_SAVES = 0.3
 
 fork_server = multiprocessing.get_context("forkserver")
-fork_server.set_forkserver_preload(["train_gpt2", "tyro", "matplotlib.pyplot", "torch.distributed"])
+# torch imports the last one when the first optimizer is made, which takes a second.
+PRELOAD = ["train_gpt2", "tyro", "matplotlib.pyplot", "torch.distributed", "torch._dynamo"]
+fork_server.set_forkserver_preload(PRELOAD)
 
 
 # ------------------------------------------------------------------------------- several ranks
@@ -155,19 +167,36 @@ def run_ranks(world_size: int, args: list, scratch: Path, timeout: float = 120, 
 
 def final_state(run: Path) -> dict:
     """All of a finished run that must not depend on what happened to it on its way."""
-    steps = sorted(path.name for path in run.glob("step_*"))
-    last = run / steps[-1]
-    return {
-        "checkpoints": steps,
-        "weights": (last / "model.safetensors").read_bytes(),
-        "moments": (last / "optimizer.safetensors").read_bytes(),
-        "best": (run / "best.json").read_bytes() if (run / "best.json").exists() else b"",
-        "log": read_log(run),
-    }
+    state = {"log": read_log(run), "time in the log rises": time_rises(run), "directory": []}
+    for path in sorted(run.iterdir()):
+        # The log of a start that had saved nothing yet is kept under such a name.
+        if not path.match("log-*.jsonl"):
+            state["directory"].append(path.name)
+    for file in sorted([*run.glob("step_*/*"), *run.glob("best.json")]):
+        # A manifest only says again what the other files hold.
+        if file.name != "manifest.json":
+            state[str(file.relative_to(run))] = file.read_bytes()
+        if file.name == "state.json":
+            state[str(file.relative_to(run))] = without_time(json.loads(file.read_text()))
+    return state
+
+
+def without_time(state: dict) -> dict:
+    """A state.json without what differs between equal runs; train.json has the date in it."""
+    return {key: state[key] for key in state if key not in ("elapsed", "train_json")}
+
+
+def time_rises(run: Path) -> bool:
+    """Whether the seconds of training in the log never go back."""
+    lines = (run / "log.jsonl").read_text().splitlines()
+    seconds = [entry["elapsed"] for entry in map(json.loads, lines) if "elapsed" in entry]
+    return seconds == sorted(seconds)
 
 
 def differences(expected: dict, found: dict) -> list[str]:
-    return [name for name in expected if expected[name] != found[name]]
+    """What the two states do not have in common."""
+    names = sorted(expected.keys() | found.keys())
+    return [name for name in names if expected.get(name) != found.get(name)]
 
 
 # -------------------------------------------------------------------------------------- killing
@@ -182,33 +211,71 @@ class Score:
     runs: int = 0
     faults: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.kills} kills, {self.in_saves} of them inside saves, in {self.runs} runs; "
+            f"{len(self.faults)} differ"
+        )
 
-def save_in_progress(run: Path) -> bool:
-    return any(run.glob(".step_*.tmp"))
+
+def mark_saves(scratch: Path) -> None:
+    """In a rank: have a file in `scratch` from the begin of each save to its end."""
+    import run_directory
+
+    real = run_directory.commit_checkpoint
+
+    def commit(run, model, encoding, optimizer_tensors, state, keep):
+        mark = scratch / f"step_{state['step']:06d}"
+        mark.touch()
+        target = real(run, model, encoding, optimizer_tensors, state, keep)
+        mark.unlink()
+        return target
+
+    run_directory.commit_checkpoint = commit
 
 
-def wait_for_moment(ranks: Ranks, run: Path, seconds: float, generator: random.Random) -> None:
-    """Return at a random moment of the run: half of the time in the midst of a save."""
-    if generator.random() < 0.5:
-        time.sleep(generator.uniform(0, seconds / 2))
-        while ranks.running() and not save_in_progress(run):
+def is_in_save(run: Path, scratch: Path) -> bool:
+    """Whether a save has begun, and its checkpoint does not have its name yet."""
+    return any(not (run / mark.name).exists() for mark in scratch.glob("step_*"))
+
+
+def wait_for_save(ranks: Ranks, run: Path, scratch: Path, generator: random.Random) -> None:
+    """Return at a random moment of a save, with rank 0 halted in it; or at the end of the run."""
+    pid = ranks.processes[0].pid
+    with contextlib.suppress(ProcessLookupError):
+        while ranks.running():
+            if is_in_save(run, scratch):
+                time.sleep(generator.uniform(0, 0.03))
+                os.kill(pid, signal.SIGSTOP)
+                if is_in_save(run, scratch):
+                    return
+                os.kill(pid, signal.SIGCONT)
             time.sleep(0.0005)
-        time.sleep(generator.uniform(0, 0.004))
-        return
-    deadline = time.monotonic() + generator.uniform(0, seconds)
+
+
+def wait_at_random(
+    ranks: Ranks, run: Path, seconds: float, generator: random.Random, aims: bool
+) -> None:
+    """Return at a random moment of the run, whose start and steps take so many seconds in all.
+
+    aims: to wait for a save after that, for which some steps must be left.
+    """
+    steps = [int(folder.name.removeprefix("step_")) for folder in run.glob("step_*")]
+    left = 1 - max(steps, default=0) / STEPS
+    deadline = time.monotonic() + generator.uniform(0, seconds * left * (0.4 if aims else 0.9))
     while ranks.running() and time.monotonic() < deadline:
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
 def kill_one_then_all(ranks: Ranks, generator: random.Random) -> None:
     """A rank dies; a moment later the launcher ends the others."""
-    os.kill(generator.choice(ranks.processes).pid, signal.SIGKILL)
+    generator.choice(ranks.processes).kill()
     time.sleep(generator.uniform(0, 0.02))
     ranks.kill()
 
 
 def disturbed_run(
-    world_size: int,
+    world_sizes: list[int],
     args: list,
     run: Path,
     kills: int,
@@ -216,46 +283,97 @@ def disturbed_run(
     generator: random.Random,
     score: Score,
 ) -> None:
-    """A run that is killed up to `kills` times and resumed each time, to its end."""
+    """A run that is killed up to `kills` times and resumed each time, to its end.
+
+    Each start has a number of ranks from `world_sizes`, drawn at random. seconds: what an
+    undisturbed run takes.
+    """
     scratch = run.with_name(f"{run.name}-output")
     score.runs += 1
-    while kills:
-        ranks = start_ranks(world_size, [*args, "--out", run, "--resume"], scratch)
-        wait_for_moment(ranks, run, seconds, generator)
-        if not ranks.running():
-            codes = ranks.wait()
-            if any(codes):
-                score.faults.append(f"{run.name}: exit codes {codes}: {ranks.output()[-500:]}")
+    args = [*args, "--out", run, "--resume"]
+    for _ in range(kills):
+        for mark in scratch.glob("step_*"):
+            mark.unlink()
+        world_size = generator.choice(world_sizes)
+        prepare = functools.partial(mark_saves, scratch)
+        ranks = start_ranks(world_size, args, scratch, prepare=prepare)
+        aims = score.kills % 2 == 1
+        wait_at_random(ranks, run, seconds, generator, aims)
+        if aims:
+            wait_for_save(ranks, run, scratch, generator)
+        codes = [process.exitcode for process in ranks.processes]
+        if any(codes):
+            ranks.kill()
+            score.faults.append(f"{run.name}: exit codes {codes}: {ranks.output()[-500:]}")
             return
-        in_save = save_in_progress(run)
+        if not ranks.running():
+            return
         kill_one_then_all(ranks, generator)
         score.kills += 1
-        score.in_saves += in_save
-        kills -= 1
-    run_ranks(world_size, [*args, "--out", run, "--resume"], scratch)
+        score.in_saves += is_in_save(run, scratch)
+    run_ranks(generator.choice(world_sizes), args, scratch)
+
+
+def calm_run(world_size: int, args: list, run: Path) -> tuple[dict, float]:
+    """The final state of an undisturbed run, and how many seconds it has taken."""
+    warm_up = fork_server.Process(target=os.getpid)  # which waits for what is imported before
+    warm_up.start()
+    warm_up.join()
+    began = time.monotonic()
+    run_ranks(world_size, [*args, "--out", run], run.with_name(f"{run.name}-output"))
+    return final_state(run), time.monotonic() - began
 
 
 def campaign(
-    kills: int, world_sizes: list[int], folder: Path, seed: int, flags: list[str]
+    kills: int, cases: list[tuple[int, str]], folder: Path, seed: int, flags: list[str]
 ) -> Score:
-    """Spread `kills` over the world sizes, and compare every run with an undisturbed one."""
+    """Spread `kills` over the cases, and compare every run with an undisturbed one.
+
+    A case is a number of ranks and an optimizer. Its undisturbed run is `calm-<ranks>-<optimizer>`.
+    """
     generator = random.Random(seed)
     score = Score()
-    args = ["--data", write_bytes_data(folder / "data"), *flags]
-    for number, world_size in enumerate(world_sizes):
-        calm = folder / f"calm-{world_size}"
-        began = time.monotonic()
-        run_ranks(world_size, [*args, "--out", calm], folder / "calm-output")
-        seconds = time.monotonic() - began
-        expected = final_state(calm)
-        quota = kills * (number + 1) // len(world_sizes)
+    data = write_bytes_data(folder / "data")
+    for number, (world_size, optimizer) in enumerate(cases):
+        args = ["--data", data, *flags, "--optimizer", optimizer]
+        expected, seconds = calm_run(world_size, args, folder / f"calm-{world_size}-{optimizer}")
+        quota = kills * (number + 1) // len(cases)
         while score.kills < quota and not score.faults:
-            run = folder / f"ranks-{world_size}-run-{score.runs}"
+            run = folder / f"{optimizer}-on-{world_size}-run-{score.runs}"
             at_most = min(8, quota - score.kills)
-            disturbed_run(world_size, args, run, at_most, seconds, generator, score)
-            wrong = differences(expected, final_state(run))
-            if wrong:
-                score.faults.append(f"{run}: {', '.join(wrong)} differ from {calm}")
+            disturbed_run([world_size], args, run, at_most, seconds, generator, score)
+            compare(expected, run, score)
+    return score
+
+
+def compare(expected: dict, run: Path, score: Score) -> None:
+    """Add to the faults of a score what is not as expected in a finished run."""
+    wrong = [] if score.faults else differences(expected, final_state(run))
+    if wrong:
+        score.faults.append(f"{run.name}: not as in an undisturbed run: {', '.join(wrong)}")
+
+
+def schedules(count: int, folder: Path, seed: int, flags: list[str]) -> Score:
+    """Deterministic runs, each killed four times, that go on with 1, 2 or 4 ranks every time."""
+    generator = random.Random(seed)
+    score = Score()
+    data = write_bytes_data(folder / "data")
+    # Sixteen sequences a step: a power of two of micro-batches on each of the ranks.
+    flags = [*flags, "--total-batch-tokens", 512, "--micro-batch", 2, "--deterministic"]
+    calm = {}
+    for number in range(count):
+        optimizer = OPTIMIZERS[number % 2]
+        dropout = 0.1 * (number // 2 % 2)
+        args = ["--data", data, *flags, "--optimizer", optimizer, "--dropout", dropout]
+        name = f"{optimizer}-dropout-{dropout}"
+        if name not in calm:
+            calm[name] = calm_run(1, args, folder / f"calm-{name}")
+        expected, seconds = calm[name]
+        run = folder / f"schedule-{number}-{name}"
+        disturbed_run([1, 2, 4], args, run, 4, seconds, generator, score)
+        compare(expected, run, score)
+        if score.faults:
+            break
     return score
 
 
@@ -263,18 +381,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--ranks", default="1,2,3,4", help="world sizes, with commas")
+    parser.add_argument("--schedules", type=int, default=0, help="this many, in place of the kills")
     parser.add_argument("--seed", type=int, default=None, help="a random one where it is missing")
     parser.add_argument("--flags", default="", help="further flags of train_gpt2.py")
     options = parser.parse_args()
     seed = random.randrange(2**32) if options.seed is None else options.seed
-    world_sizes = [int(number) for number in options.ranks.split(",")]
     flags = [*FLAGS.split(), *options.flags.split()]
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        score = campaign(options.kills, world_sizes, Path(folder), seed, flags)
-    print(
-        f"seed {seed}: {score.kills} kills, {score.in_saves} of them inside saves, "
-        f"in {score.runs} runs; {len(score.faults)} differ"
-    )
+        if options.schedules:
+            score = schedules(options.schedules, Path(folder), seed, flags)
+        else:
+            world_sizes = [int(number) for number in options.ranks.split(",")]
+            cases = list(itertools.product(world_sizes, OPTIMIZERS))
+            score = campaign(options.kills, cases, Path(folder), seed, flags)
+    if score.in_saves < LEAST_SHARE_IN_SAVES * score.kills:
+        score.faults.append("too few kills inside saves")
+    print(f"seed {seed}: {score}; {time.monotonic() - began:.0f} s")
     for fault in score.faults:
         print(fault)
     return 1 if score.faults else 0

@@ -17,6 +17,7 @@ a finding, and is printed with the seed that repeats it:
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -32,26 +33,28 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from tools import run_main, save_tiny_model, write_bytes_data
+from tools import ROOT, run_main, save_tiny_model, write_bytes_data
 
+import fineweb
 import hellaswag
 import plot
 import run_directory
 import train_gpt2
 from cli import UserError
 from run_directory import RunDirectory, load_model
-from tokens import get_encoding, open_data, read_manifest, save_tokenizer, verify
+from tokens import get_encoding, open_data, save_tokenizer, verify, verify_shards
 
 MOST_SECONDS = 5.0
 MOST_BYTES = 10**9
 
 TINY_FLAGS = """
-    --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 128 --micro-batch 4
+    --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 128 --micro-batch 4
     --max-steps 4 --warmup-steps 1 --eval-every 2 --eval-tokens 200 --sample-every 4
-    --save-every 2 --keep-best --dtype float32 --device cpu --no-compile
+    --save-every 2 --keep-best --optimizer muon --dtype float32 --device cpu --no-compile
 """
 
 
@@ -59,12 +62,13 @@ TINY_FLAGS = """
 
 
 def build(root: Path) -> None:
-    """A run of two checkpoints, a model without a manifest, and corpora of every format."""
+    """A run of two checkpoints with its user's key, a model without a manifest, and corpora of
+    every format: finished, interrupted, and of a text."""
     torch.manual_seed(0)
     data = write_bytes_data(root / "data")
     (root / "runs").mkdir()
     quiet = contextlib.redirect_stdout(open(os.devnull, "w"))  # noqa: SIM115
-    with quiet, contextlib.redirect_stderr(sys.stdout):
+    with quiet, contextlib.redirect_stderr(sys.stdout), key_in(root):
         code = run_main(
             train_gpt2.main, "--data", data, *TINY_FLAGS.split(), "--out", root / "runs" / "r"
         )
@@ -81,7 +85,13 @@ def build(root: Path) -> None:
     (root / "ds/00000_unshuffled.ds").write_bytes(tokens.tobytes())
     (root / "ds/00000_unshuffled.ds.metadata").write_text("gpt2|2\n3000\n6 KB")
     (root / "ds/00000_unshuffled.ds.index").write_bytes(np.array([3000], "<u8").tobytes())
-    manifest = json.loads((data / "manifest.json").read_text())
+    (root / "text").mkdir()
+    (root / "text/novel.txt").write_bytes((ROOT / "input.txt").read_bytes()[:3000])
+    corpus = prepare_text(root)
+    for shard in corpus.glob("*.bin"):
+        shutil.copy(shard, root / "partial")
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["position"] = dataclasses.asdict(fineweb.Position())
     (root / "partial/manifest.partial.json").write_text(json.dumps(manifest))
 
     item = {"ctx": "a b", "endings": ["c", "d", "e", "f"], "label": 1, "activity_label": "g"}
@@ -89,10 +99,27 @@ def build(root: Path) -> None:
     (root / "items/items.jsonl").write_text((json.dumps(item) + "\n") * 3)
 
 
+def key_in(root: Path) -> contextlib.AbstractContextManager:
+    """The user's key of seals is kept beside the run."""
+    return mock.patch.dict(os.environ, XDG_STATE_HOME=str(root / "runs/state"))
+
+
+def prepare_text(root: Path) -> Path:
+    """What --data makes of a text, or finds that it has made; returns the corpus."""
+    before = os.getcwd()
+    os.chdir(root / "text")
+    try:
+        return root / "text" / fineweb.prepare_path("novel.txt", "bytes", lambda *lines: None)
+    finally:
+        os.chdir(before)
+
+
 def files_to_damage(root: Path) -> list[Path]:
+    """All that is written and read again. Pictures are not read, nor are locks, which are empty."""
     files = []
     for file in sorted(root.rglob("*")):
-        if file.is_file() and not file.name.startswith(".") and file.suffix != ".png":
+        is_read = not file.name.startswith(".") and file.suffix not in (".png", ".txt")
+        if file.is_file() and is_read:
             files.append(file.relative_to(root))
     return files
 
@@ -249,7 +276,8 @@ def continue_run(root: Path, warn: Callable) -> str:
     """What --resume does, in its order, up to the first step."""
     folder = root / "runs/r"
     args = ["--out", str(folder), "--resume"]
-    config, _ = train_gpt2.config_of_command_line(args)
+    with key_in(root):
+        config, _ = train_gpt2.config_of_command_line(args)
     with RunDirectory(folder, config.total_batch_tokens, writes=True, say=warn) as run:
         run.claim(may_hold_run=True)
         checkpoint = run.newest_checkpoint()
@@ -290,9 +318,15 @@ def verify_tokens(folder: str) -> Callable:
     return read
 
 
-def read_partial_manifest(root: Path, warn: Callable) -> str:
-    read_manifest(root / "partial", partial=True)
-    return ""
+def read_text_corpus(root: Path, warn: Callable) -> str:
+    return read_tokens(str(prepare_text(root)))(root, warn)
+
+
+def continue_preparation(root: Path, warn: Callable) -> str:
+    """What fineweb.py does first where a preparation was interrupted."""
+    manifest = fineweb.read_partial_manifest(root / "partial")
+    verify_shards(root / "partial", manifest, "manifest.partial.json")
+    return " ".join(shard["sha256"] for shard in manifest["shards"])
 
 
 def read_items(root: Path, warn: Callable) -> str:
@@ -306,11 +340,13 @@ def readers_of(file: Path) -> list[Callable]:
         readers = [read_model("runs/r"), continue_run]
         if file.name in ("train.json", "log.jsonl"):
             readers.insert(0, draw)
-        if len(file.parts) == 4:
+        if is_in_checkpoint(file):
             readers.insert(0, read_model(str(file.parent)))
         return readers
     if first == "partial":
-        return [read_partial_manifest]
+        return [continue_preparation]
+    if first == "text":
+        return [read_text_corpus, verify_tokens(str(file.parent))]
     if first == "items":
         return [read_items]
     if first == "model":
@@ -318,9 +354,13 @@ def readers_of(file: Path) -> list[Callable]:
     return [read_tokens(first), verify_tokens(first)]
 
 
+def is_in_checkpoint(file: Path) -> bool:
+    return file.parent.name.startswith("step_")
+
+
 def has_checksum(file: Path) -> bool:
     """Whether a change of the content must be seen: the folder has a manifest with hashes."""
-    return file.parts[0] == "data" or len(file.parts) == 4
+    return file.parts[0] in ("data", "text", "partial") or is_in_checkpoint(file)
 
 
 # ------------------------------------------------------------------------------------- the campaign

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tools import run_main, run_python, start_script
+from tools import ROOT, run_main, run_python, start_script
 
 import cli
 from cli import Stopped, UserError, parse_flags
@@ -118,6 +118,29 @@ def test_a_message_is_written_in_one_piece(kind, monkeypatch):
     run_main(main)
     assert len(pieces) == 1
     assert kind == "UserError" or "Traceback" in pieces[0]
+
+
+def test_what_a_restart_may_mend_is_final_on_no_rank():
+    final = UserError("this", expected="that", remedy="do it")
+    passing = cli.TransientError("this", expected="that", remedy="do it")
+    assert cli.is_final(final) and cli.is_final(cli.FailedElsewhere(is_final=True))
+    assert not cli.is_final(passing)
+    assert not cli.is_final(cli.FailedElsewhere("why", is_final=False))
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "hellaswag.py"])
+def test_a_restart_after_a_final_error_ends_before_torch_is_imported(tmp_path, script):
+    """torchrun's folders of two attempts, the first of which has left the mark."""
+    for attempt in ("attempt_0", "attempt_1"):
+        (tmp_path / attempt / "0").mkdir(parents=True)
+    (tmp_path / "attempt_0" / f"{cli.FINAL_ERROR}0").touch()
+    (tmp_path / "attempt_0/0/error.json").write_text("{}")
+    report = tmp_path / "attempt_1/0/error.json"
+    restarted = {"TORCHELASTIC_ERROR_FILE": str(report), "TORCHELASTIC_RESTART_COUNT": "1"}
+    done = run_python("-X", "importtime", ROOT / script, "--no-such-flag", env=restarted)
+    assert done.returncode == 2
+    assert report.read_text() == "{}"
+    assert "| torch\n" not in done.stderr
 
 
 # -------------------------------------------------------------------------------------- flags

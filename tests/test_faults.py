@@ -1,21 +1,27 @@
 """What a training process meets from outside: signals, full disks, lost readers, little memory."""
 
 import errno
+import functools
+import itertools
+import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from chaos import differences, final_state, run_ranks, start_ranks
-from tools import read_log, start_script, write_bytes_data
+from tools import start_script, write_bytes_data
 
 import run_directory
 import train_gpt2
+from spikes import SpikeGuard
 
 FLAGS = """
     --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 256 --micro-batch 4
@@ -154,6 +160,204 @@ def test_kill_9_during_a_background_save_loses_nothing_that_a_resume_does_not_ma
     assert differences(final_state(finished), final_state(run)) == []
 
 
+def die_before_the_last_pruning() -> None:
+    real = run_directory.prune
+
+    def prune_or_die(run, keep):
+        if (run / "step_000008").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(run, keep)
+
+    run_directory.prune = prune_or_die
+
+
+def test_kill_9_before_the_last_pruning_leaves_no_checkpoint_too_many(data, tmp_path):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--keep", 1, "--out", run]
+    with start_ranks(1, args, tmp_path / "output", prepare=die_before_the_last_pruning) as ranks:
+        assert ranks.wait() == [-signal.SIGKILL]
+    assert valid_steps(run) == ["step_000004", "step_000008"]
+    run_ranks(1, ["--out", run, "--resume"], tmp_path / "output")
+    assert valid_steps(run) == ["step_000008"]
+
+
+# ------------------------------------------------------------------------------ negative controls
+#
+# What chaos.py compares must depend on each item of the state. In each of these controls a run is
+# continued with one item left out, and then it must not end as an undisturbed one does.
+
+
+def forget_a_tensor(kind: str) -> None:
+    real = run_directory.read_optimizer_tensors
+
+    def read(folder):
+        tensors = real(folder)
+        assert any(name.endswith(kind) for name in tensors)
+        return {
+            name: torch.zeros_like(tensor) if name.endswith(kind) else tensor
+            for name, tensor in tensors.items()
+        }
+
+    run_directory.read_optimizer_tensors = read
+
+
+def forget_exp_avg() -> None:
+    forget_a_tensor(".exp_avg")
+
+
+def forget_exp_avg_sq() -> None:
+    forget_a_tensor(".exp_avg_sq")
+
+
+def forget_momentum() -> None:
+    forget_a_tensor(".momentum")
+
+
+def forget_weights() -> None:
+    real = train_gpt2.build_model
+    train_gpt2.build_model = lambda config, data, rt, checkpoint: real(config, data, rt, None)
+
+
+def forget_the_steps_of_adamw() -> None:
+    real = train_gpt2.load_optimizer_tensors
+    train_gpt2.load_optimizer_tensors = lambda model, optimizer, tensors, step: real(
+        model, optimizer, tensors, 0
+    )
+
+
+def begin_data_anew() -> None:
+    real = train_gpt2.step_batch
+    train_gpt2.step_batch = lambda data, config, step, *ranks: real(data, config, step - 6, *ranks)
+
+
+def begin_dropout_anew() -> None:
+    real = train_gpt2.micro_batch_loss
+    train_gpt2.micro_batch_loss = lambda loss_fn, windows, config, rt, step, i: real(
+        loss_fn, windows, config, rt, step - 6, i
+    )
+
+
+def begin_the_schedule_anew() -> None:
+    real = train_gpt2.learning_rate
+    train_gpt2.learning_rate = lambda step, config: real(step - 6, config)
+
+
+def forget_the_step() -> None:
+    real = run_directory.read_state
+    run_directory.read_state = lambda folder: real(folder) | {"step": 5}
+
+
+def forget_the_time() -> None:
+    real = run_directory.read_state
+    run_directory.read_state = lambda folder: real(folder) | {"elapsed": 0.0}
+
+
+def forget_the_lowest_loss() -> None:
+    train_gpt2.RunDirectory.lowest_validation_loss = lambda run: float("inf")
+
+
+def forget_losses() -> None:
+    real = SpikeGuard.load
+    SpikeGuard.load = lambda guard, state: real(guard, state | {"losses": []})
+
+
+def forget_updates_left_out() -> None:
+    real = SpikeGuard.load
+    SpikeGuard.load = lambda guard, state: real(guard, state | {"left_out": 0})
+
+
+def leave_the_log_as_it_is() -> None:
+    run_directory.cut_log = lambda run, step, warn: None
+
+
+def forget_what_was_logged() -> None:
+    train_gpt2.RunDirectory.has_logged = lambda run, event, step: False
+
+
+def leave_half_written_files() -> None:
+    run_directory.remove_leftovers = lambda folder: None
+
+
+def make_spikes_frequent() -> None:
+    SpikeGuard.WINDOW = 3
+    SpikeGuard.LIMIT = 1.0
+
+
+def remember_all() -> None:
+    pass
+
+
+# Each with something that must differ in the end.
+CONTROLS = {
+    forget_weights: "step_000008/model.safetensors",
+    forget_exp_avg: "step_000008/model.safetensors",
+    forget_exp_avg_sq: "step_000008/model.safetensors",
+    forget_momentum: "step_000008/model.safetensors",
+    forget_the_steps_of_adamw: "step_000008/model.safetensors",
+    begin_data_anew: "log",
+    begin_dropout_anew: "log",
+    begin_the_schedule_anew: "log",
+    forget_the_step: "log",
+    forget_the_time: "time in the log rises",
+    forget_the_lowest_loss: "best.json",
+    forget_losses: "step_000008/state.json",
+    forget_updates_left_out: "step_000008/state.json",
+    leave_the_log_as_it_is: "log",
+    forget_what_was_logged: "log",
+    leave_half_written_files: "directory",
+}
+
+
+@pytest.fixture(scope="module")
+def rich(data, tmp_path_factory) -> Path:
+    """A run with every item of the state: dropout, Muon, updates left out, an early best step."""
+    folder = tmp_path_factory.mktemp("rich")
+    events = ["--save-every", 2, "--eval-every", 2, "--keep-best", "--skip-spikes"]
+    rates = ["--optimizer", "muon", "--learning-rate", 0.1, "--muon-learning-rate", 0.5]
+    args = ["--data", data, *TINY, *events, *rates, "--dropout", 0.1, "--out", folder / "run"]
+    run_ranks(1, args, folder / "output", prepare=make_spikes_frequent)
+    state = json.loads((folder / "run/step_000006/state.json").read_text())
+    best = json.loads((folder / "run/best.json").read_text())
+    assert state["spikes"]["left_out"] > 0
+    assert best["step"] < 6
+    return folder / "run"
+
+
+def prepare_control(control) -> None:
+    make_spikes_frequent()
+    control()
+
+
+def continued_from_step_6(rich: Path, tmp_path: Path, control) -> list[str]:
+    """What differs at the end when the run is killed after step 8 was logged and not saved."""
+    run = Path(shutil.copytree(rich, tmp_path / "run"))
+    (run / "step_000008").rename(run / ".0123456789abcdef.tmp")
+    prepare = functools.partial(prepare_control, control)
+    run_ranks(1, ["--out", run, "--resume"], tmp_path / "output", prepare=prepare)
+    return differences(final_state(rich), final_state(run))
+
+
+def test_with_all_of_the_state_a_continued_run_ends_as_an_undisturbed_one(rich, tmp_path):
+    assert continued_from_step_6(rich, tmp_path, remember_all) == []
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_without_an_item_of_the_state_a_continued_run_ends_otherwise(rich, tmp_path, control):
+    assert CONTROLS[control] in continued_from_step_6(rich, tmp_path, control)
+
+
+def let_the_wall_clock_run_backwards() -> None:
+    times = itertools.count(2_000_000_000, -3600)
+    time.time = lambda: float(next(times))
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(data, finished, tmp_path):
+    run = tmp_path / "run"
+    args = ["--data", data, *TINY, "--out", run]
+    run_ranks(1, args, tmp_path / "output", prepare=let_the_wall_clock_run_backwards)
+    assert differences(final_state(finished), final_state(run)) == []
+
+
 # -------------------------------------------------------------------------------- disk and memory
 
 
@@ -260,6 +464,23 @@ def test_a_second_run_in_the_directory_is_refused_with_the_process_that_holds_it
         assert f"in use by process {first.processes[0].pid}" in one_error_line(second)
 
 
+def use_port(port: int) -> None:
+    os.environ["MASTER_PORT"] = str(port)
+
+
+def test_a_port_in_use_is_one_line_that_names_it(data, tmp_path):
+    args = ["--data", data, *TINY, "--out", tmp_path / "run"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        prepare = functools.partial(use_port, port)
+        with start_ranks(2, args, tmp_path / "output", prepare=prepare) as ranks:
+            ranks.processes[0].join(60)
+            assert ranks.processes[0].exitcode == 2
+    line = one_error_line(ranks)
+    assert f"127.0.0.1:{port}" in line
+    assert "expected a free port" in line
+
+
 def test_a_run_whose_process_was_killed_can_be_resumed_at_once(data, tmp_path):
     run = tmp_path / "run"
     args = ["--data", data, *TINY, "--out", run]
@@ -267,12 +488,18 @@ def test_a_run_whose_process_was_killed_can_be_resumed_at_once(data, tmp_path):
         wait_until(lambda: steps_logged(run) >= 1)
         first.kill()
     with start_ranks(1, ["--out", run, "--resume", *FOREVER], tmp_path / "second") as second:
-        wait_until(lambda: len(read_log(run, "train")) >= 1)
+        # Nothing had been saved, so the second one puts the first one's log aside.
+        wait_until(lambda: not second.running() or (run / "log-1.jsonl").exists())
+        wait_until(lambda: not second.running() or steps_logged(run) >= 1)
         assert second.running()
 
 
 def use_a_matplotlib_backend_that_is_not_there() -> None:
-    os.environ["MPLBACKEND"] = "module://no_such_module"
+    """Matplotlib reads the variable when it is imported; the fork server has done that before."""
+    os.environ["MPLBACKEND"] = "no-such-backend"
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "matplotlib":
+            del sys.modules[name]
 
 
 def test_a_matplotlib_backend_of_a_notebook_does_not_end_the_run(data, tmp_path):
@@ -280,3 +507,4 @@ def test_a_matplotlib_backend_of_a_notebook_does_not_end_the_run(data, tmp_path)
     args = ["--data", data, *TINY, "--out", run]
     run_ranks(1, args, tmp_path / "output", prepare=use_a_matplotlib_backend_that_is_not_there)
     assert valid_steps(run) == ["step_000004", "step_000008"]
+    assert (run / "curves.png").exists()

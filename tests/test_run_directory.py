@@ -268,7 +268,7 @@ def test_a_process_killed_at_any_call_of_a_save_leaves_the_old_checkpoint_or_the
         shutil.rmtree(folder)
 
 
-def test_a_failed_background_save_is_raised_by_the_next_call_that_writes(run, pair):
+def test_a_failed_background_save_is_known_without_waiting_and_raised_by_who_waits(run, pair):
     model, optimizer = pair
     with RunDirectory(run, 512, writes=True, say=print) as directory:
         (run / ".step_000001.tmp").write_text("")  # removed first
@@ -278,9 +278,10 @@ def test_a_failed_background_save_is_raised_by_the_next_call_that_writes(run, pa
             directory.save(
                 1, model, lambda: optimizer_tensors(model, optimizer), BYTES, "data", keep=2
             )
+            directory._commit.exception()  # returns when the commit has ended
+            assert directory.has_failed()
             with pytest.raises(OSError, match="full"):
-                directory._commit.exception()
-                directory.log("train", 2, loss=1.0)
+                directory.wait_for_commit()
 
 
 # -------------------------------------------------------------------------------------- verifying
@@ -293,6 +294,7 @@ DAMAGE = {
     "manifest of nothing": lambda step: (step / "manifest.json").write_text('{"files": {}}'),
     "manifest is a list": lambda step: (step / "manifest.json").write_text("[]"),
     "changed state": lambda step: (step / "state.json").write_text("{}"),
+    "state of another step": lambda step: shutil.copy(step.parent / "step_000001/state.json", step),
     "link for a file": lambda step: replace_by_link(step / "model.safetensors"),
     "directory for a file": lambda step: replace_by_directory(step / "model.safetensors"),
     "name that leads out": lambda step: add_to_manifest(step, "../train.json"),
@@ -582,3 +584,10 @@ def test_a_torn_best_json_is_one_line_that_names_it(run, pair, content):
     (run / "best.json").write_text(content)
     with pytest.raises(UserError, match="best.json"):
         run_directory.load_model(str(run))
+
+
+def test_a_typing_error_in_a_checkpoints_name_lists_those_of_the_run(run, pair):
+    save(run, 1, pair)
+    save(run, 2, pair)
+    with pytest.raises(UserError, match="one of step_000001, step_000002"):
+        run_directory.resolve_model(str(run / "step_000020"))

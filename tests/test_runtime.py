@@ -8,8 +8,8 @@ from tools import torchrun
 from torch.nn.attention import SDPBackend
 
 import runtime
-from cli import UserError
-from runtime import Runtime, choose_device, choose_dtype, peak_flops
+from cli import FailedElsewhere, TransientError, UserError
+from runtime import Runtime, checksum, choose_device, choose_dtype, peak_flops
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -328,3 +328,26 @@ def test_one_process_needs_no_process_group():
     assert rt.sum(torch.tensor([2.0])).tolist() == [2.0]
     assert rt.max_over_ranks(3) == 3
     assert rt.broadcast("x") == "x"
+
+
+@pytest.mark.parametrize("kind, is_final", [(UserError, True), (TransientError, False)])
+def test_other_ranks_end_as_finally_as_rank_0(kind, is_final):
+    """Or torchrun's restart, which mends a fault that passes, would end at once."""
+    rank_1 = Runtime(1, 2, torch.device("cpu"), torch.float32)
+    with pytest.raises(FailedElsewhere) as raised:
+        rank_1.raise_on_all(kind("this", expected="that", remedy="do it"))
+    assert raised.value.is_final == is_final
+
+
+@pytest.mark.parametrize("place", [0, 3, 2**20])
+def test_a_single_flipped_bit_changes_the_checksum(place):
+    """In each of its 32 bits, in a tensor that is summed in pieces."""
+    tensor = torch.randn(2**20 + 1)
+    before = checksum([torch.ones(3), tensor])
+    bits = tensor.view(torch.int32)
+    for bit in range(32):
+        mask = torch.tensor(2**bit).to(torch.int32)
+        bits[place] ^= mask
+        assert checksum([torch.ones(3), tensor]) != before
+        bits[place] ^= mask
+    assert checksum([torch.ones(3), tensor]) == before

@@ -7,9 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,6 +32,8 @@ from tools import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2LMHeadModel
 
+import cli
+import hellaswag
 import run_directory
 import train_gpt2
 from files import locked
@@ -639,14 +644,199 @@ def test_a_validation_of_nan_is_never_the_best(data, in_tmp, monkeypatch):
     assert run_directory.best_step(Path("r")).name == "step_000010"
 
 
-def test_curves_that_cannot_be_drawn_are_a_warning(data, in_tmp, monkeypatch, capfd):
-    def fail(*args):
-        raise RuntimeError("latex could not be found")
+# -------------------------------------------------------------------------------- side activities
 
-    monkeypatch.setattr(train_gpt2, "draw_curves", fail)
-    assert train("--data", data, *TINY, "--out", "r") == 0
+
+def fail(*args, **kwargs):
+    raise KeyError("a fault of it")
+
+
+ITEM = hellaswag.Item("A cat", ("sat.", "flew.", "sang songs.", "was."), 0)
+SIDES = {
+    "no curves are drawn": (train_gpt2, "draw_curves"),
+    "no sample is written": (train_gpt2, "sample_text"),
+    "HellaSwag is not scored": (hellaswag, "log_probabilities"),
+}
+
+
+@pytest.mark.parametrize("what", SIDES)
+def test_a_fault_of_a_side_activity_is_one_warning_and_the_run_ends_as_without_it(
+    data, finished, in_tmp, monkeypatch, capfd, what
+):
+    """Each would happen twice or more often."""
+    monkeypatch.setattr(*SIDES[what], fail)
+    monkeypatch.setattr(hellaswag, "find_items", lambda rt: [ITEM])
+    flags = ("--sample-every", 10, "--hellaswag-every", 10, "--out", "r")
+    assert train("--data", data, *TINY, *flags) == 0
     out = capfd.readouterr().out
-    assert "warning: no curves are drawn (RuntimeError: latex could not be found)" in out
+    assert out.count("warning") == 1
+    assert f"warning: {what} (KeyError: 'a fault of it'); training goes on" in out
+    weights = "step_000020/model.safetensors"
+    assert same_tensors(finished / weights, Path("r") / weights)
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 2),
+        (RuntimeError("Connection closed by peer"), 2),
+        (KeyboardInterrupt(), 130),
+        (cli.Stopped(signal.SIGTERM), 143),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_a_fault_of_the_run_ends_it_in_a_side_activity_too(
+    data, in_tmp, monkeypatch, error, code
+):
+    monkeypatch.setattr(train_gpt2, "sample_text", mock.Mock(side_effect=error))
+    assert train("--data", data, *TINY, "--sample-every", 10, "--out", "r") == code
+    assert len(losses(Path("r"))) == 10
+
+
+def fake_wandb(**functions) -> ModuleType:
+    """A package wandb with these functions in place of its own."""
+    module = ModuleType("wandb")
+    vars(module).update(functions)
+    return module
+
+
+@pytest.mark.parametrize(
+    "wandb",
+    [
+        fake_wandb(init=fail),  # no login, no network, no quota: whatever wandb raises
+        fake_wandb(init=lambda **values: SimpleNamespace(log=fail)),
+    ],
+    ids=["at the start", "later"],
+)
+def test_whatever_wandb_raises_is_one_warning(data, in_tmp, monkeypatch, capfd, wandb):
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train("--data", data, *TINY, "--wandb", "--out", "r") == 0
+    out = capfd.readouterr().out
+    assert out.count("warning") == 1
+    assert "warning: nothing is sent to Weights & Biases (KeyError: 'a fault of it')" in out
+
+
+def test_wandb_without_the_package_is_refused(data, in_tmp, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train("--data", data, *TINY, "--wandb", "--out", "r") == 2
+    assert "pip install wandb" in last_error(capfd)
+
+
+def test_a_download_of_hellaswag_that_fails_in_any_way_is_a_line(in_tmp, monkeypatch, capfd):
+    monkeypatch.setattr(hellaswag, "download", fail)
+    assert hellaswag.find_items(start("cpu", "float32")) is None
+    assert "HellaSwag is skipped: KeyError: 'a fault of it'" in capfd.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ loss spikes
+
+
+@pytest.fixture
+def spike_in_step_14(monkeypatch) -> None:
+    """The 14th batch holds a byte that no text has, and eight losses are enough to judge it by."""
+    real = train_gpt2.step_batch
+
+    def with_a_foreign_batch(data, config, step, *ranks):
+        batch = real(data, config, step, *ranks)
+        return torch.full_like(batch, 200) if step == 13 else batch
+
+    monkeypatch.setattr(train_gpt2, "step_batch", with_a_foreign_batch)
+    monkeypatch.setattr(train_gpt2.SpikeGuard, "WINDOW", 8)
+
+
+def test_a_loss_that_jumps_is_logged_and_warned_about_once(data, in_tmp, capfd, spike_in_step_14):
+    assert train("--data", data, *TINY, "--out", "r") == 0
+    (spike,) = read_log(Path("r"), "spike")
+    assert spike["step"] == 14
+    assert spike["loss"] == losses(Path("r"))[13]
+    assert spike["z"] > 6
+    assert not spike["left_out"]
+    out = capfd.readouterr().out
+    assert out.count("warning") == 1
+    assert f"warning: step 14: loss {spike['loss']:.4f} is a spike, {spike['z']:.1f}" in out
+    assert "its update was made" in out
+
+
+def test_with_skip_spikes_the_weights_are_those_of_a_run_without_that_update(
+    data, in_tmp, monkeypatch, spike_in_step_14
+):
+    assert train("--data", data, *TINY, "--skip-spikes", "--out", "skipping") == 0
+    assert [entry["left_out"] for entry in read_log(Path("skipping"), "spike")] == [True]
+    real = train_gpt2.make_optimizer
+
+    def without_update_14(model, config):
+        optimizer = real(model, config)
+        step, calls = optimizer.step, []
+        optimizer.step = lambda: calls.append(1) if len(calls) == 13 else calls.append(step())
+        return optimizer
+
+    monkeypatch.setattr(train_gpt2, "make_optimizer", without_update_14)
+    assert train("--data", data, *TINY, "--out", "other") == 0
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert same_tensors(Path("skipping/step_000020", file), Path("other/step_000020", file))
+
+
+@pytest.mark.parametrize("step", [10, 15])
+def test_a_resumed_run_leaves_out_what_an_undisturbed_one_leaves_out(
+    data, in_tmp, spike_in_step_14, step
+):
+    """Before the spike it needs the losses until then; after it, the number of updates made."""
+    flags = ("--skip-spikes", "--save-every", 5, "--keep", 10)
+    assert train("--data", data, *TINY, *flags, "--out", "r") == 0
+    shutil.copytree("r", "whole")
+    for folder in run_directory.step_directories(Path("r")):
+        if run_directory.step_number(folder) > step:
+            shutil.rmtree(folder)
+    assert train("--out", "r", "--resume") == 0
+    for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        whole, resumed = Path("whole/step_000020", file), Path("r/step_000020", file)
+        if file == "state.json":
+            spikes = [json.loads(path.read_text())["spikes"] for path in (whole, resumed)]
+            assert spikes[0] == spikes[1]
+        else:
+            assert same_tensors(whole, resumed)
+    assert read_log(Path("r")) == read_log(Path("whole"))
+
+
+def test_a_run_of_a_version_without_the_guard_is_continued(copy, in_tmp):
+    """Its train.json has no skip_spikes, and its state.json no losses."""
+    shutil.rmtree("r/step_000020")
+    values = json.loads(Path("r/train.json").read_text())
+    del values["skip_spikes"]
+    Path("r/train.json").write_text(json.dumps(values))
+    rewrite_state(Path("r"), Path("r/step_000010"), lambda state: state.pop("spikes"))
+    assert train("--out", "r", "--resume") == 0
+    assert saved_steps(Path("r")) == [10, 20]
+
+
+def rewrite_state(run: Path, step: Path, change) -> None:
+    """Change state.json, and make it and the manifest agree with all else."""
+    state = json.loads((step / "state.json").read_text())
+    change(state)
+    state["train_json"] = hashlib.sha256((run / "train.json").read_bytes()).hexdigest()
+    (step / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((step / "manifest.json").read_text())
+    content = (step / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (step / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "spikes, message",
+    [
+        ({"left_out": -1}, "-1 updates left out"),
+        ({"left_out": 11}, "11 updates left out"),
+        ({"losses": [1e300] * 128}, "a loss of 1e+300"),
+    ],
+)
+def test_what_no_run_can_have_seen_of_spikes_is_refused(copy, in_tmp, capfd, spikes, message):
+    shutil.rmtree("r/step_000020")
+    rewrite_state(Path("r"), Path("r/step_000010"), lambda state: state["spikes"].update(spikes))
+    assert train("--out", "r", "--resume") == 2
+    assert f"state.json: {message}" in capfd.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ eval-only
@@ -764,6 +954,49 @@ def test_bad_input_exits_2_and_its_one_line_names_the_culprit(
 def test_an_unknown_flag_exits_2(data, in_tmp, capfd):
     assert train("--data", data, *TINY, "--no-such-flag") == 2
     assert "--no-such-flag" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_start_that_fails_leaves_no_directory_that_it_has_made(in_tmp, existed):
+    if existed:
+        Path("runs/first-run").mkdir(parents=True)
+    assert train("--data", "missing", *TINY) == 2
+    assert Path("runs/first-run").exists() == existed
+
+
+def test_a_longer_run_is_pointed_to_init_from(copy, in_tmp, capfd):
+    assert train("--out", "r", "--resume", "--max-steps", 30) == 2
+    assert "--init-from r" in last_error(capfd)
+
+
+@pytest.mark.parametrize("encoding, is_named", [("bytes", False), ("gpt2", True)])
+def test_hellaswag_is_suggested_for_models_that_read_words(encoding, is_named):
+    run = SimpleNamespace(folder=Path("r"))
+    training = SimpleNamespace(config=CONFIG, run=run, encoding=get_encoding(encoding))
+    lines = train_gpt2.what_next(training)
+    assert ("  python hellaswag.py --model r" in lines) == is_named
+
+
+@pytest.mark.parametrize(
+    "environment, is_refused",
+    [
+        ({}, True),
+        ({"TORCHELASTIC_RUN_ID": "run1"}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, False),
+        ({"GROUP_WORLD_SIZE": "1"}, False),
+    ],
+)
+def test_restarts_on_several_machines_need_a_name_of_the_job(
+    data, in_tmp, monkeypatch, capfd, environment, is_refused
+):
+    several = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in (several | {"GROUP_WORLD_SIZE": "2"} | environment).items():
+        monkeypatch.setenv(name, value)
+    flags = ("--data", data, *TINY, "--max-steps", 1, "--eval-every", 0, "--out", "r")
+    assert train(*flags) == (2 if is_refused else 0)
+    assert ("--max-restarts 3 on several machines" in capfd.readouterr().err) == is_refused
+    if is_refused:
+        assert train(*flags, "--resume") == 0
 
 
 def test_an_out_directory_with_a_run_is_refused(data, copy, in_tmp, capfd):
