@@ -553,7 +553,8 @@ class Progress:
         rate = (num_tokens - self.first) / (now - self.start)
         left = "of an unknown total"
         if total and rate:
-            seconds = datetime.timedelta(seconds=round((total - num_tokens) / rate))
+            seconds = min((total - num_tokens) / rate, 1e10)  # a timedelta holds little more
+            seconds = datetime.timedelta(seconds=round(seconds))
             left = f"of about {total:,.0f} ({fraction:.1%}), {seconds} left"
         self.say(f"shard {shard}: {num_tokens:,} tokens {left}, {rate:,.0f} tokens/s")
 

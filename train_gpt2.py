@@ -1413,7 +1413,7 @@ class Progress:
         """`step 551/600  loss 2.41 (mean of 42)  val 2.19  19.9k tok/s  eta 0:02`."""
         steps = step - self.first_step
         seconds_per_step = self.seconds / steps
-        left = round((self.config.max_steps - step) * seconds_per_step)
+        left = (self.config.max_steps - step) * seconds_per_step
         rate = self.config.total_batch_tokens / seconds_per_step
         loss = sum(self.losses) / len(self.losses)
         parts = [f"step {step}/{self.config.max_steps}", f"loss {loss:.3f}"]
@@ -1422,7 +1422,7 @@ class Progress:
         if self.validation_loss is not None:
             parts.append(f"val {self.validation_loss:.3f}")
         parts.append(f"{rate / 1000:.1f}k tok/s")
-        parts.append(f"eta {datetime.timedelta(seconds=left)}")
+        parts.append(f"eta {datetime.timedelta(seconds=round(min(left, 1e10)))}")
         return "  ".join(parts)
 
     def mfu(self, tokens_per_second: float) -> float | None:

@@ -1151,3 +1151,11 @@ def test_first_run_corpus_is_python_itself(tmp_path, monkeypatch):
     )
     text = tokens.get_encoding("bytes").decode(data.val.read(0, len(data.val)).tolist())
     assert text.startswith(END) and text.count("\ndef ") > 100 and text.count("import ") > 100
+
+
+def test_a_source_of_which_hardly_anything_is_read_has_a_time_left():
+    lines = []
+    progress = fineweb.Progress(lines.append, 0)
+    progress.next_line = 0
+    progress.show(1, 1e-20, shard=1)
+    assert "left" in lines[0]
