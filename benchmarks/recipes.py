@@ -1,8 +1,8 @@
-"""Recipes compared: one small GPT-2 trained with AdamW and with Muon, by seeds and token budgets.
+"""Recipes compared: a GPT-2 trained with AdamW and with Muon, by sizes, seeds and token budgets.
 
     python benchmarks/recipes.py tune               # the trials that chose each optimizer's values
     python benchmarks/recipes.py final              # the comparison, on seeds that chose nothing
-    python benchmarks/recipes.py larger             # a larger model on GPT-2 tokens, one seed
+    python benchmarks/recipes.py tune --size 12M    # the same for a larger model
     python benchmarks/recipes.py speed              # seconds per step, the optimizers in turn
     python benchmarks/recipes.py report             # tables as Markdown, and the picture
 
@@ -34,6 +34,7 @@ from optimizer import make_optimizer, set_learning_rate  # noqa: E402
 from runtime import Runtime, start  # noqa: E402
 from tokens import TokenData, get_encoding, token_bytes  # noqa: E402
 from train_gpt2 import (  # noqa: E402
+    RECIPES,
     TrainConfig,
     build_model,
     evaluate,
@@ -45,7 +46,7 @@ from train_gpt2 import (  # noqa: E402
 
 # ------------------------------------------------------------------------------- the experiments
 
-# The first run's model and corpus: 0.84 million parameters, bytes, 1,024 of them a step.
+# The first run's model and corpus: bytes, 1,024 of them a step.
 SMALL = TrainConfig(
     recipe="first-run",
     data="data/first-run",
@@ -63,57 +64,123 @@ SMALL = TrainConfig(
     compile=False,
 )
 
-# What each optimizer's trials start from, and what is then changed in it, one value at a time.
-CENTRES = {
+STDLIB = sysconfig.get_paths()["stdlib"]
+# Corpora of GPT-2 tokens, made when they are first needed.
+CORPORA = {
+    "data/recipes-gpt2": f"{STDLIB}/*.py",  # the standard library's modules without its packages
+    "data/recipes-python": f"{STDLIB}/**/*.py",  # and with all packages that are installed
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the model: what is tried on it, and what its final runs are."""
+
+    config: TrainConfig
+    # What each optimizer's trials start from, and what is then changed in it, one value at a time.
+    centres: dict[str, dict]
+    trials: dict[str, list[dict]]
+    tuning_steps: int
+    # The values of the final runs. docs/recipes.md says what the trials found.
+    chosen: dict[str, dict]
+    final_steps: int
+    final_seeds: tuple[int, ...]
+    fractions: tuple[float, ...]  # of the tokens, for Muon; each is a complete run of its own
+
+
+SMALL_CENTRES = {
     "adamw": {"optimizer": "adamw", "learning_rate": 4e-3, "beta2": 0.99},
-    "muon": {"optimizer": "muon", "learning_rate": 8e-3, "muon_learning_rate": 0.02},
+    "muon": {"optimizer": "muon", "learning_rate": 16e-3, "muon_learning_rate": 0.02},
 }
-TRIALS = {
-    "adamw": [
-        {},
-        {"learning_rate": 2e-3},
-        {"learning_rate": 8e-3},
-        {"beta2": 0.95},
-        {"beta2": 0.999},
-    ],
-    "muon": [
-        {},
-        {"muon_learning_rate": 0.01},
-        {"muon_learning_rate": 0.04},
-        {"learning_rate": 4e-3},
-        {"learning_rate": 16e-3},
-    ],
+RATES = {
+    "adamw": [{}, {"learning_rate": 2e-3}, {"learning_rate": 8e-3}],
+    "muon": [{}, {"muon_learning_rate": 0.01}, {"muon_learning_rate": 0.04}],
 }
-TUNING_STEPS = 1_000
+DECAYS = [{"weight_decay": 0.03}, {"weight_decay": 0.3}]
+
+SIZES = {
+    "0.8M": Size(
+        config=SMALL,
+        centres=SMALL_CENTRES,
+        trials={
+            "adamw": [*RATES["adamw"], {"beta2": 0.95}, {"beta2": 0.999}, *DECAYS],
+            "muon": [*RATES["muon"], {"learning_rate": 8e-3}, {"learning_rate": 32e-3}, *DECAYS],
+        },
+        tuning_steps=1_000,
+        chosen=SMALL_CENTRES,
+        final_steps=4_200,
+        final_seeds=(11, 12, 13, 14, 15),
+        fractions=(1.0, 0.7, 0.5, 0.4, 0.3),
+    ),
+    # 11.5 million parameters, most of them in the embedding.
+    "12M": Size(
+        config=replace(
+            SMALL,
+            data="data/recipes-gpt2",
+            tokenizer="gpt2",
+            n_embd=192,
+            n_head=6,
+            eval_tokens=16_384,
+        ),
+        centres=SMALL_CENTRES,
+        trials=RATES,
+        tuning_steps=300,
+        chosen=SMALL_CENTRES,
+        final_steps=300,
+        final_seeds=(11, 12, 13),
+        fractions=(1.0, 0.4, 0.25),
+    ),
+    "30M": Size(
+        config=replace(
+            SMALL,
+            data="data/recipes-gpt2",
+            tokenizer="gpt2",
+            n_layer=6,
+            n_embd=384,
+            n_head=6,
+            eval_tokens=16_384,
+        ),
+        centres=SMALL_CENTRES,
+        trials=RATES,
+        tuning_steps=200,
+        chosen=SMALL_CENTRES,
+        final_steps=200,
+        final_seeds=(11, 12, 13),
+        fractions=(1.0, 0.4),
+    ),
+    # GPT-2's smallest, for one GPU: about 0.4 billion tokens in all.
+    "124M": Size(
+        config=replace(
+            RECIPES["gpt2"],
+            data="data/recipes-python",
+            device="cuda",
+            total_batch_tokens=65_536,
+            eval_tokens=262_144,
+            hellaswag_every=0,
+            schedule="linear",
+        ),
+        centres={
+            "adamw": {"optimizer": "adamw", "learning_rate": 1.2e-3, "beta2": 0.99},
+            "muon": {"optimizer": "muon", "learning_rate": 3.6e-3, "muon_learning_rate": 0.02},
+        },
+        trials={
+            "adamw": [{}, {"learning_rate": 6e-4}, {"learning_rate": 2.4e-3}],
+            "muon": [{}, {"muon_learning_rate": 0.01}, {"muon_learning_rate": 0.04}],
+        },
+        tuning_steps=400,
+        chosen={
+            "adamw": {"optimizer": "adamw", "learning_rate": 1.2e-3, "beta2": 0.99},
+            "muon": {"optimizer": "muon", "learning_rate": 3.6e-3, "muon_learning_rate": 0.02},
+        },
+        final_steps=1_600,
+        final_seeds=(11,),
+        fractions=(1.0, 0.4),
+    ),
+}
+
 TUNING_SEED = 1
 TUNING_VAL_TOKENS = 131_072  # of the validation split; a final run is measured on all of it
-
-# The values of the final runs: the centres. docs/recipes.md says what the trials found.
-CHOSEN = CENTRES
-
-FINAL_STEPS = 4_200
-FINAL_SEEDS = (11, 12, 13)
-# Muon with all of the tokens, then complete runs with a part of them.
-FRACTIONS = (1.0, 0.4, 0.3, 0.5, 0.7)
 POINTS = 8  # of a final run's curve
-
-# A larger model on GPT-2 tokens: 11.5 million parameters, most of them in the embedding.
-LARGER = {
-    "data": "data/recipes-gpt2",
-    "tokenizer": "gpt2",
-    "n_embd": 192,
-    "n_head": 6,
-    "eval_tokens": 16_384,
-}
-LARGER_STEPS = 300
-# The small model's values, then half the learning rate; and Muon with two fifths of the tokens.
-LARGER_TRIALS = (
-    ("adamw", 1.0, CHOSEN["adamw"]),
-    ("muon", 1.0, CHOSEN["muon"]),
-    ("adamw", 1.0, CHOSEN["adamw"] | {"learning_rate": 2e-3}),
-    ("muon", 0.4, CHOSEN["muon"]),
-    ("muon", 1.0, CHOSEN["muon"] | {"learning_rate": 4e-3}),
-)
 
 
 @dataclass(frozen=True)
@@ -121,61 +188,56 @@ class Trial:
     """One training run of an experiment."""
 
     experiment: str
+    size: str  # a key of SIZES
     recipe: str  # the name under which runs of several seeds are put together
     config: TrainConfig
 
     @property
     def changes(self) -> dict:
-        """The values of the configuration that are not SMALL's."""
+        """The values of the configuration that are not those of the size."""
+        plain = SIZES[self.size].config
         return {
             field.name: getattr(self.config, field.name)
             for field in fields(TrainConfig)
-            if getattr(self.config, field.name) != getattr(SMALL, field.name)
+            if getattr(self.config, field.name) != getattr(plain, field.name)
         }
 
 
-def make_trial(experiment: str, recipe: str, steps: int, changes: dict) -> Trial:
+def make_trial(experiment: str, size: str, recipe: str, steps: int, changes: dict) -> Trial:
     """A complete schedule of `steps` steps, a twentieth of them warm-up."""
     schedule = {"max_steps": steps, "warmup_steps": steps // 20}
-    return Trial(experiment, recipe, replace(SMALL, **(schedule | changes)))
+    config = replace(SIZES[size].config, **(schedule | changes))
+    return Trial(experiment, size, recipe, config)
 
 
-def tuning_trials() -> list[Trial]:
+def tuning_trials(size: str) -> list[Trial]:
+    """What changes is relative to the optimizer's centre, one trial for each entry of `trials`."""
+    plan = SIZES[size]
     trials = []
-    for name, centre in CENTRES.items():
-        for changes in TRIALS[name]:
+    for name, centre in plan.centres.items():
+        for changes in plan.trials[name]:
             values = centre | changes | {"seed": TUNING_SEED}
-            trials.append(make_trial("tune", name, TUNING_STEPS, values))
+            trials.append(make_trial("tune", size, name, plan.tuning_steps, values))
     return trials
 
 
-def final_trials() -> list[Trial]:
+def final_trials(size: str) -> list[Trial]:
+    plan = SIZES[size]
     trials = []
-    for seed in FINAL_SEEDS:
-        adamw = CHOSEN["adamw"] | {"seed": seed}
-        trials.append(make_trial("final", "adamw", FINAL_STEPS, adamw))
-        for fraction in FRACTIONS:
-            steps = round(FINAL_STEPS * fraction)
-            name = f"muon {fraction:g}"
-            trials.append(make_trial("final", name, steps, CHOSEN["muon"] | {"seed": seed}))
+    for seed in plan.final_seeds:
+        adamw = plan.chosen["adamw"] | {"seed": seed}
+        trials.append(make_trial("final", size, "adamw", plan.final_steps, adamw))
+        for fraction in plan.fractions:
+            steps = round(plan.final_steps * fraction)
+            muon = plan.chosen["muon"] | {"seed": seed}
+            trials.append(make_trial("final", size, f"muon {fraction:g}", steps, muon))
     return trials
 
 
-def larger_trials() -> list[Trial]:
-    trials = []
-    for name, fraction, values in LARGER_TRIALS:
-        steps = round(LARGER_STEPS * fraction)
-        changes = LARGER | values | {"seed": TUNING_SEED}
-        trials.append(make_trial("larger", name, steps, changes))
-    return trials
-
-
-def prepare_larger_corpus() -> None:
-    """The standard library's modules, without its packages, as GPT-2 tokens."""
-    folder = LARGER["data"]
-    if not Path(folder, "manifest.json").exists():
-        modules = f"{sysconfig.get_paths()['stdlib']}/*.py"
-        prepare(PrepareConfig(input=(modules,), tokenizer="gpt2", out=folder), say)
+def prepare_corpus(folder: str) -> None:
+    """Tokenise a corpus of CORPORA that is not there yet."""
+    if folder in CORPORA and not Path(folder, "manifest.json").exists():
+        prepare(PrepareConfig(input=(CORPORA[folder],), tokenizer="gpt2", out=folder), say)
 
 
 # --------------------------------------------------------------------------------- one run
@@ -187,21 +249,30 @@ class Training:
     def __init__(self, config: TrainConfig, rt: Runtime):
         self.config = config
         self.rt = rt
+        prepare_corpus(config.data)
         self.data: TokenData = prepare_data(config, rt)
         self.model: GPT = build_model(config, self.data, rt, None)
         self.loss_fn = NextTokenLoss(self.model)
+        if config.compile:
+            self.loss_fn = rt.compile(self.loss_fn, config.seq_len)
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
-        self.seconds = 0.0  # of processor time: with one thread, what a quiet machine's clock shows
+        self.seconds = 0.0
+
+    def clock(self) -> float:
+        """Processor seconds, which other work does not change; on a GPU the clock."""
+        if self.rt.device.type == "cuda":
+            return time.perf_counter()  # train_step has waited for the loss
+        return time.process_time()
 
     def advance(self) -> None:
         """One update."""
-        began = time.process_time()
+        began = self.clock()
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config))
         batch = step_batch(self.data.train, self.config, self.step, 0, 1)
         train_step(self.loss_fn, self.optimizer, batch, self.config, self.rt)
         self.step += 1
-        self.seconds += time.process_time() - began
+        self.seconds += self.clock() - began
 
     def validation_loss(self, eval_tokens: int) -> float:
         """Nats per token over the first `eval_tokens` tokens of the validation split."""
@@ -226,6 +297,7 @@ def run_trial(trial: Trial, rt: Runtime, points: int, val_tokens: float) -> dict
             curve.append({"step": training.step, "seconds": training.seconds, "val_loss": loss})
     return {
         "experiment": trial.experiment,
+        "size": trial.size,
         "recipe": trial.recipe,
         "changes": trial.changes,
         "seed": trial.config.seed,
@@ -255,15 +327,20 @@ def add_result(file: Path, result: dict) -> None:
 
 
 def is_result_of(result: dict, trial: Trial) -> bool:
-    same_run = (result["experiment"], result["recipe"]) == (trial.experiment, trial.recipe)
-    return same_run and result.get("changes") == json.loads(json.dumps(trial.changes))
+    identity = {
+        "experiment": trial.experiment,
+        "size": trial.size,
+        "recipe": trial.recipe,
+        "changes": trial.changes,
+    }
+    return all(result.get(name) == value for name, value in identity.items())
 
 
 def run_experiment(
     trials: list[Trial], config: "RecipesConfig", points: int, val_tokens: float
 ) -> None:
     """Run what --only and --seeds select and --results does not hold yet."""
-    rt = start("cpu", config.dtype)
+    rt = start(SIZES[config.size].config.device, config.dtype)
     for trial in trials:
         if config.only and trial.recipe not in config.only:
             continue
@@ -274,13 +351,18 @@ def run_experiment(
             continue
         result = run_trial(trial, rt, points, val_tokens)
         add_result(Path(config.results), result)
-        say(f"{trial.recipe}  {result['changes']}  {result['val_loss']:.4f}")
+        outcome = f"{result['val_loss']:.4f}  {result['seconds']:.0f} s"
+        say(f"{trial.size}  {trial.recipe}  {result['changes']}  {outcome}")
 
 
 def measure_speed(config: "RecipesConfig", rounds: int = 20, steps: int = 5) -> None:
     """Processor seconds per step, the optimizers in turn so that both see the same machine."""
-    rt = start("cpu", config.dtype)
-    trials = {name: make_trial("speed", name, 10_000, CHOSEN[name]) for name in CHOSEN}
+    plan = SIZES[config.size]
+    rt = start(plan.config.device, config.dtype)
+    trials = {
+        name: make_trial("speed", config.size, name, 10_000, values)
+        for name, values in plan.chosen.items()
+    }
     trainings = {name: Training(trial.config, rt) for name, trial in trials.items()}
     seconds = {name: [] for name in trainings}
     for _ in range(rounds):
@@ -291,7 +373,12 @@ def measure_speed(config: "RecipesConfig", rounds: int = 20, steps: int = 5) -> 
             seconds[name].append((training.seconds - start_of_round) / steps)
     for name, values in seconds.items():
         median = statistics.median(values[1:])  # the first round warms up
-        result = {"experiment": "speed", "recipe": name, "seconds_per_step": median}
+        result = {
+            "experiment": "speed",
+            "size": config.size,
+            "recipe": name,
+            "seconds_per_step": median,
+        }
         add_result(Path(config.results), result)
         say(f"{name}  {1000 * median:.1f} ms a step")
 
@@ -322,28 +409,16 @@ def difference(runs: dict[int, dict], others: dict[int, dict]) -> tuple[float, f
     return statistics.mean(values), T_95[len(seeds)] * error
 
 
-def print_tuning(results: list[dict]) -> None:
+def print_tuning(results: list[dict], size: str) -> None:
     say("| optimizer | changed from its centre | validation loss |", "|---|---|---|")
-    for trial in tuning_trials():
+    changes_of_trials = [
+        changes for name in SIZES[size].centres for changes in SIZES[size].trials[name]
+    ]
+    for trial, changes in zip(tuning_trials(size), changes_of_trials, strict=True):
         for result in results:
             if is_result_of(result, trial):
-                changes = TRIALS[trial.recipe][_index_of(trial)]
                 words = ", ".join(f"{name} {value:g}" for name, value in changes.items())
                 say(f"| {trial.recipe} | {words or 'nothing'} | {result['val_loss']:.3f} |")
-
-
-def _index_of(trial: Trial) -> int:
-    same = [other for other in tuning_trials() if other.recipe == trial.recipe]
-    return same.index(trial)
-
-
-def print_larger(results: list[dict]) -> None:
-    say("| optimizer | learning rate | steps | validation loss |", "|---|---|---|---|")
-    for trial in larger_trials():
-        for result in results:
-            if is_result_of(result, trial):
-                rate = f"{trial.config.learning_rate:g}"
-                say(f"| {trial.recipe} | {rate} | {result['steps']} | {result['val_loss']:.3f} |")
 
 
 def print_finals(results: list[dict]) -> None:
@@ -390,7 +465,7 @@ SHORTER = "Muon, ends of shorter complete runs"
 
 
 def draw(results: list[dict], file: Path) -> None:
-    """Loss against tokens and processor seconds; a band spans the seeds, lowest to highest."""
+    """The smallest size's loss against tokens and seconds; a band spans the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -446,15 +521,18 @@ def report(config: "RecipesConfig") -> None:
             expected="one JSON line for each finished run",
             remedy="run the experiments tune, final and speed first",
         )
-    print_tuning(results)
-    say("")
-    print_finals(results)
-    say("")
-    print_larger(results)
-    parts = tokens_to_equal_loss(results)
-    words = ", ".join(f"{part:.2f} with seed {seed}" for seed, part in sorted(parts.items()))
-    say("", f"Part of the tokens with which Muon ends at tuned AdamW's loss: {words}")
-    draw(results, Path(config.picture))
+    for size in SIZES:
+        of_size = [result for result in results if result["size"] == size]
+        if not of_size:
+            continue
+        say(f"## {size}", "")
+        print_tuning(of_size, size)
+        say("")
+        print_finals(of_size)
+        parts = tokens_to_equal_loss(of_size)
+        words = ", ".join(f"{part:.2f} with seed {seed}" for seed, part in sorted(parts.items()))
+        say("", f"Part of the tokens with which Muon ends at tuned AdamW's loss: {words}", "")
+    draw([result for result in results if result["size"] == "0.8M"], Path(config.picture))
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -463,7 +541,8 @@ def report(config: "RecipesConfig") -> None:
 @dataclass(frozen=True)
 class RecipesConfig:
     # what to do
-    experiment: tyro.conf.Positional[Literal["tune", "final", "larger", "speed", "report"]]
+    experiment: tyro.conf.Positional[Literal["tune", "final", "speed", "report"]]
+    size: Literal[tuple(SIZES)] = "0.8M"  # of the model; `report` takes all
     results: str = "docs/recipes.jsonl"  # where each finished run gets its line
     picture: str = "docs/recipes.png"  # where `report` draws
     only: tuple[str, ...] = ()  # recipes of the experiment to run; none: all
@@ -475,12 +554,9 @@ def main() -> None:
     torch.set_num_threads(1)
     config = parse_flags(RecipesConfig, RecipesConfig("report"), __doc__)
     if config.experiment == "tune":
-        run_experiment(tuning_trials(), config, 0, TUNING_VAL_TOKENS)
+        run_experiment(tuning_trials(config.size), config, 0, TUNING_VAL_TOKENS)
     elif config.experiment == "final":
-        run_experiment(final_trials(), config, POINTS, math.inf)
-    elif config.experiment == "larger":
-        prepare_larger_corpus()
-        run_experiment(larger_trials(), config, POINTS // 2, TUNING_VAL_TOKENS)
+        run_experiment(final_trials(config.size), config, POINTS, math.inf)
     elif config.experiment == "speed":
         measure_speed(config)
     else:

@@ -1,0 +1,59 @@
+"""benchmarks/recipes.py: the rules of the comparison, and one line of results for each run."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+from tools import ROOT, write_bytes_data
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import recipes  # noqa: E402
+from recipes import SIZES, RecipesConfig, final_trials, tuning_trials  # noqa: E402
+
+sizes = pytest.mark.parametrize("size", SIZES)
+
+
+@sizes
+def test_both_optimizers_get_the_same_number_of_different_trials(size):
+    trials = tuning_trials(size)
+    changes = {
+        name: {str(trial.changes) for trial in trials if trial.recipe == name}
+        for name in ("adamw", "muon")
+    }
+    assert len(changes["adamw"]) == len(changes["muon"]) == len(trials) / 2
+
+
+@sizes
+def test_the_seeds_of_final_runs_chose_nothing(size):
+    tuned = {trial.config.seed for trial in tuning_trials(size)}
+    assert tuned.isdisjoint(trial.config.seed for trial in final_trials(size))
+
+
+@sizes
+def test_every_chosen_rate_has_trials_on_both_sides(size):
+    plan = SIZES[size]
+    rate_of = {"adamw": "learning_rate", "muon": "muon_learning_rate"}
+    for name, rate in rate_of.items():
+        tried = [(plan.centres[name] | changes)[rate] for changes in plan.trials[name]]
+        assert min(tried) < plan.chosen[name][rate] < max(tried)
+
+
+def test_a_finished_run_is_one_line_and_is_not_repeated(tmp_path, monkeypatch):
+    tiny = replace(
+        SIZES["0.8M"].config,
+        data=str(write_bytes_data(tmp_path / "data")),
+        n_layer=1,
+        n_embd=16,
+        seq_len=16,
+        total_batch_tokens=32,
+        micro_batch=2,
+        eval_tokens=64,
+    )
+    monkeypatch.setitem(SIZES, "0.8M", replace(SIZES["0.8M"], config=tiny, final_steps=10))
+    config = RecipesConfig("final", results=str(tmp_path / "results.jsonl"), seeds=(11,))
+    recipes.run_experiment(final_trials("0.8M"), config, points=2, val_tokens=64)
+    results = recipes.read_results(tmp_path / "results.jsonl")
+    recipes.run_experiment(final_trials("0.8M"), config, points=2, val_tokens=64)
+    assert recipes.read_results(tmp_path / "results.jsonl") == results
+    assert [result["steps"] for result in results] == [10, 10, 7, 5, 4, 3]
