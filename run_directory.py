@@ -86,7 +86,7 @@ class RunDirectory:
         self.step = 0
         self.elapsed = 0.0  # seconds of training, evaluations and saves excluded
         self.last_saved: int | None = None
-        self._logged: set[tuple[str, int]] = set()  # of the step that a run is resumed from
+        self.logged: set[tuple[str, int]] = set()  # events of the step that a run goes on from
         self._lock = contextlib.ExitStack()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._commit: Future | None = None  # the checkpoint that is being written
@@ -160,12 +160,12 @@ class RunDirectory:
         self.elapsed = state["elapsed"]
         for _, entry in read_log(self.folder):
             if entry and entry["step"] == self.step:
-                self._logged.add((entry["event"], entry["step"]))
+                self.logged.add((entry["event"], entry["step"]))
         return state
 
     def has_logged(self, event: str, step: int) -> bool:
         """Whether a resumed run did this already, before it was stopped."""
-        return (event, step) in self._logged
+        return (event, step) in self.logged
 
     # ----------------------------------------------------------------------------------- log
 

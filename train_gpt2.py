@@ -917,6 +917,8 @@ def main(args: list[str] | None = None) -> None:
         guard = SpikeGuard(config.skip_spikes)
         if checkpoint:
             load_checkpoint(checkpoint, model, optimizer, guard, run, data)
+            # As rank 0 reads the log: a network file system may show another machine an older one.
+            run.logged = rt.broadcast(run.logged)
         else:
             # Without what only says where these values come from and where they go to.
             saved = replace(config, resume=False, out="", config="")

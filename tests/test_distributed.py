@@ -418,3 +418,18 @@ def test_without_hellaswags_items_the_run_goes_on(data, tmp_path):
     ranks = run_ranks(2, args, tmp_path / "output", prepare=lose_hellaswag)
     assert "warning" not in ranks.output()
     assert len(values(tmp_path / "run", "train", "loss")) == 6
+
+
+def see_no_log_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        run_directory.read_log = lambda folder: iter(())
+
+
+def test_ranks_that_see_an_older_log_do_as_rank_0(data, tmp_path):
+    """As on another machine, whose network file system is late."""
+    args = ["--data", data, *CALM, "--out", tmp_path / "run"]
+    run_ranks(2, args, tmp_path / "output")
+    args.append("--resume")
+    with start_ranks(2, args, tmp_path / "output", prepare=see_no_log_on_rank_1) as ranks:
+        assert ranks.wait(30) == [0, 0]
+    assert [entry["step"] for entry in read_log(tmp_path / "run", "eval")] == [0, 3, 6]
