@@ -398,7 +398,8 @@ def _read_tokens(shard: Shard, first: int, count: int) -> np.ndarray:
     """
     offset = shard.offset + 2 * first
     if hasattr(os, "pread"):
-        content = os.pread(_open_for_windows(shard.path).fileno(), 2 * count, offset)
+        file = _open_for_windows(shard.path)  # a name for it keeps it open until it has been read
+        content = os.pread(file.fileno(), 2 * count, offset)
         found = np.frombuffer(content[: len(content) // 2 * 2], dtype="<u2")
     else:  # Windows
         found = np.fromfile(shard.path, dtype="<u2", count=count, offset=offset)
@@ -504,6 +505,7 @@ def open_data(folder: str | os.PathLike) -> TokenData:
             expected="a finished data directory",
             remedy="run the same fineweb.py command again: it continues where it stopped",
         )
+    _open_for_windows.cache_clear()  # a corpus may have been prepared anew in the same place
     files = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
     files.sort(key=lambda path: path.name)
     if (folder / "manifest.json").exists():

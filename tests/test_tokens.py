@@ -870,3 +870,11 @@ def test_few_files_are_open_at_a_time(tmp_path):
         assert data.train.read(0, len(data.train))[::2].tolist() == list(range(1080))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_corpus_prepared_anew_in_its_place_is_read_anew(tmp_path):
+    for first in (0, 100):
+        for name in ("0.ds", "1.ds"):
+            (tmp_path / name).unlink(missing_ok=True)
+            np.arange(first, first + 9, dtype="<u2").tofile(tmp_path / name)
+        assert open_data(tmp_path).train.read(0, 1) == [first]
