@@ -7,7 +7,7 @@
 
 The way of a token, from file to shard:
 
-    read     a source yields documents one by one, each with the position after it
+    read     a source yields documents one by one, each with the position after it (sources.py)
     batch    documents are collected into batches of about half a million characters
     encode   threads turn batches into tokens (tiktoken releases the interpreter lock meanwhile)
     write    the main thread joins the tokens in the order of the documents and cuts shards

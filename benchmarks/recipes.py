@@ -78,11 +78,10 @@ class Size:
 
     config: TrainConfig
     # What each optimizer's trials start from, and what is then changed in it, one value at a time.
+    # The final runs have the values of the centres; docs/recipes.md says what the trials found.
     centres: dict[str, dict]
     trials: dict[str, list[dict]]
     tuning_steps: int
-    # The values of the final runs. docs/recipes.md says what the trials found.
-    chosen: dict[str, dict]
     final_steps: int
     final_seeds: tuple[int, ...]
     fractions: tuple[float, ...]  # of the tokens, for Muon; each is a complete run of its own
@@ -98,6 +97,29 @@ RATES = {
 }
 DECAYS = [{"weight_decay": 0.03}, {"weight_decay": 0.3}]
 
+
+def larger_size(n_layer: int, n_embd: int, steps: int, fractions: tuple[float, ...]) -> Size:
+    """A size on GPT-2 tokens, as far as one core gets: trials are as long as final runs."""
+    config = replace(
+        SMALL,
+        data="data/recipes-gpt2",
+        tokenizer="gpt2",
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=6,
+        eval_tokens=16_384,
+    )
+    return Size(
+        config=config,
+        centres=SMALL_CENTRES,
+        trials=RATES,
+        tuning_steps=steps,
+        final_steps=steps,
+        final_seeds=(11, 12, 13),
+        fractions=fractions,
+    )
+
+
 SIZES = {
     "0.8M": Size(
         config=SMALL,
@@ -107,47 +129,13 @@ SIZES = {
             "muon": [*RATES["muon"], {"learning_rate": 8e-3}, {"learning_rate": 32e-3}, *DECAYS],
         },
         tuning_steps=1_000,
-        chosen=SMALL_CENTRES,
         final_steps=4_200,
         final_seeds=(11, 12, 13, 14, 15),
         fractions=(1.0, 0.7, 0.5, 0.4, 0.3),
     ),
-    # 11.5 million parameters, most of them in the embedding.
-    "12M": Size(
-        config=replace(
-            SMALL,
-            data="data/recipes-gpt2",
-            tokenizer="gpt2",
-            n_embd=192,
-            n_head=6,
-            eval_tokens=16_384,
-        ),
-        centres=SMALL_CENTRES,
-        trials=RATES,
-        tuning_steps=300,
-        chosen=SMALL_CENTRES,
-        final_steps=300,
-        final_seeds=(11, 12, 13),
-        fractions=(1.0, 0.4, 0.25),
-    ),
-    "30M": Size(
-        config=replace(
-            SMALL,
-            data="data/recipes-gpt2",
-            tokenizer="gpt2",
-            n_layer=6,
-            n_embd=384,
-            n_head=6,
-            eval_tokens=16_384,
-        ),
-        centres=SMALL_CENTRES,
-        trials=RATES,
-        tuning_steps=200,
-        chosen=SMALL_CENTRES,
-        final_steps=200,
-        final_seeds=(11, 12, 13),
-        fractions=(1.0, 0.4),
-    ),
+    # 11.5 and 30 million parameters, most of them in the embedding.
+    "12M": larger_size(n_layer=4, n_embd=192, steps=300, fractions=(1.0, 0.4, 0.25)),
+    "30M": larger_size(n_layer=6, n_embd=384, steps=200, fractions=(1.0, 0.4)),
     # GPT-2's smallest, for one GPU: about 0.4 billion tokens in all.
     "124M": Size(
         config=replace(
@@ -168,10 +156,6 @@ SIZES = {
             "muon": [{}, {"muon_learning_rate": 0.01}, {"muon_learning_rate": 0.04}],
         },
         tuning_steps=400,
-        chosen={
-            "adamw": {"optimizer": "adamw", "learning_rate": 1.2e-3, "beta2": 0.99},
-            "muon": {"optimizer": "muon", "learning_rate": 3.6e-3, "muon_learning_rate": 0.02},
-        },
         final_steps=1_600,
         final_seeds=(11,),
         fractions=(1.0, 0.4),
@@ -225,11 +209,11 @@ def final_trials(size: str) -> list[Trial]:
     plan = SIZES[size]
     trials = []
     for seed in plan.final_seeds:
-        adamw = plan.chosen["adamw"] | {"seed": seed}
+        adamw = plan.centres["adamw"] | {"seed": seed}
         trials.append(make_trial("final", size, "adamw", plan.final_steps, adamw))
         for fraction in plan.fractions:
             steps = round(plan.final_steps * fraction)
-            muon = plan.chosen["muon"] | {"seed": seed}
+            muon = plan.centres["muon"] | {"seed": seed}
             trials.append(make_trial("final", size, f"muon {fraction:g}", steps, muon))
     return trials
 
@@ -361,7 +345,7 @@ def measure_speed(config: "RecipesConfig", rounds: int = 20, steps: int = 5) -> 
     rt = start(plan.config.device, config.dtype)
     trials = {
         name: make_trial("speed", config.size, name, 10_000, values)
-        for name, values in plan.chosen.items()
+        for name, values in plan.centres.items()
     }
     trainings = {name: Training(trial.config, rt) for name, trial in trials.items()}
     seconds = {name: [] for name in trainings}

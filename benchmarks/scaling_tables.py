@@ -48,9 +48,8 @@ MANY_GPUS = 1024
 LARGE_BATCHES = {"1M": 2**20, "2M": 2**21, "4M": 2**22, "16M": 2**24}  # tokens of a step
 
 CORPORA = {"1T": 1e12, "15T": 15e12}  # tokens
-TOKENISED_A_SECOND = (
-    0.4e6  # tokens of English by one core; docs/scaling.md says how it was measured
-)
+# Tokens of English by one core; docs/scaling.md says how it was measured.
+TOKENISED_A_SECOND = 0.4e6
 TOKENS_A_TASK = 4e9  # under three hours of a core
 TOKENS_A_FILE = 1e9
 CORES = 1000

@@ -234,6 +234,20 @@ def mark_saves(scratch: Path) -> None:
     run_directory.commit_checkpoint = commit
 
 
+def hold_up_the_commit(seconds: float) -> None:
+    """In a rank: have the save of step 4 take so much longer, when all its files are written."""
+    import run_directory
+
+    real = run_directory.write_checkpoint_files
+
+    def write_slowly(folder, *args):
+        real(folder, *args)
+        if "step_000004" in folder.name:
+            time.sleep(seconds)
+
+    run_directory.write_checkpoint_files = write_slowly
+
+
 def is_in_save(run: Path, scratch: Path) -> bool:
     """Whether a save has begun, and its checkpoint does not have its name yet."""
     return any(not (run / mark.name).exists() for mark in scratch.glob("step_*"))

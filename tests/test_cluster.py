@@ -440,11 +440,19 @@ def start_munge() -> None:
     subprocess.run(["su", "munge", "-s", "/bin/sh", "-c", "munged"], check=True)
 
 
+def with_replacements(script: str, changes: dict[str, str]) -> str:
+    """A text of the page with each of these parts, which are in it, written otherwise."""
+    for written, here in changes.items():
+        assert written in script
+        script = script.replace(written, here)
+    return script
+
+
 def page_script(folder: Path, arguments: list[str]) -> Path:
     """The sbatch script of docs/scaling.md, made small enough for this machine."""
     page = (ROOT / "docs" / "scaling.md").read_text()
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.DOTALL)
-    for written, here in {
+    changes = {
         "--nodes=8": "--nodes=2",
         " --gpus-per-node=8": "",
         "--cpus-per-task=64": "--cpus-per-task=1",
@@ -456,9 +464,8 @@ def page_script(folder: Path, arguments: list[str]) -> Path:
         "train_gpt2.py --recipe gpt2-xl --out runs/gpt2-xl --resume": " ".join(
             ["train_gpt2.py", *arguments]
         ),
-    }.items():
-        assert written in script
-        script = script.replace(written, here)
+    }
+    script = with_replacements(script, changes)
     file = folder / "page.sh"
     file.write_text(script)
     return file
@@ -553,7 +560,7 @@ def page_pipeline(folder: Path, tasks: int) -> Path:
     """The datatrove script of docs/scaling.md with Ray's executor, on documents in `folder`."""
     page = (ROOT / "docs" / "scaling.md").read_text()
     (script,) = re.findall(r"```python\n(from datatrove.*?)```", page, re.DOTALL)
-    for written, here in {
+    changes = {
         "import SlurmPipelineExecutor  # or RayPipelineExecutor, LocalPipelineExecutor": (
             "import RayPipelineExecutor"
         ),
@@ -569,9 +576,8 @@ def page_pipeline(folder: Path, tasks: int) -> Path:
         "max_tokens_per_file=100_000_000": "max_tokens_per_file=500",
         "tasks=200": f"tasks={tasks}",
         "logs/fineweb-edu-100BT": f"{folder}/logs",
-    }.items():
-        assert written in script
-        script = script.replace(written, here)
+    }
+    script = with_replacements(script, changes)
     file = folder / "pipeline.py"
     file.write_text(script)
     return file

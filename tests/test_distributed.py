@@ -1,6 +1,7 @@
 """Several ranks: what they learn together, resume after kills, agreement, signals, errors."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from chaos import (
     FLAGS,
     LEAST_SHARE_IN_SAVES,
     campaign,
+    hold_up_the_commit,
     run_ranks,
     schedules,
     start_ranks,
@@ -266,21 +268,11 @@ def test_what_rank_0_cannot_write_ends_every_rank_with_a_line_that_says_so(
     assert "Traceback" not in ranks.output(0)
 
 
-def commit_for_ten_minutes() -> None:
-    real = run_directory.write_checkpoint_files
-
-    def write(folder, *args):
-        real(folder, *args)
-        if "step_000004" in folder.name:
-            time.sleep(600)
-
-    run_directory.write_checkpoint_files = write
-
-
 def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint_that_is_being_written(data, tmp_path):
     run = tmp_path / "run"
     args = ["--data", data, *CALM, "--out", run]
-    with start_ranks(1, args, tmp_path / "output", prepare=commit_for_ten_minutes) as ranks:
+    slowly = functools.partial(hold_up_the_commit, seconds=600)
+    with start_ranks(1, args, tmp_path / "output", prepare=slowly) as ranks:
         wait_for_steps(run, 5)
         for _ in range(2):
             os.kill(ranks.processes[0].pid, signal.SIGINT)

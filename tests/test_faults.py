@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chaos import differences, final_state, run_ranks, start_ranks
+from chaos import differences, final_state, hold_up_the_commit, run_ranks, start_ranks
 from tools import start_script, write_bytes_data
 
 import run_directory
@@ -113,22 +113,11 @@ def test_a_closed_terminal_or_slurms_warning_saves_and_stops(data, tmp_path, nam
     assert valid_steps(run) == [f"step_{steps_logged(run):06d}"]
 
 
-def hold_up_the_commit() -> None:
-    """The save of step 4 takes a second longer, in which a signal can come."""
-    real = run_directory.write_checkpoint_files
-
-    def write_slowly(folder, *args):
-        real(folder, *args)
-        if "step_000004" in folder.name:
-            time.sleep(1)
-
-    run_directory.write_checkpoint_files = write_slowly
-
-
 def test_a_signal_during_a_background_save_lets_it_commit(data, tmp_path):
     run = tmp_path / "run"
     args = ["--data", data, *TINY, *FOREVER, "--save-every", 4, "--out", run]
-    with start_ranks(1, args, tmp_path / "output", prepare=hold_up_the_commit) as ranks:
+    slowly = functools.partial(hold_up_the_commit, seconds=1)  # in which a signal can come
+    with start_ranks(1, args, tmp_path / "output", prepare=slowly) as ranks:
         wait_until(lambda: (run / ".step_000004.tmp/manifest.json").exists())
         os.kill(ranks.processes[0].pid, signal.SIGTERM)
         assert ranks.wait(30) == [143]
