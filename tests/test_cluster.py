@@ -506,7 +506,10 @@ def test_the_pages_slurm_script_survives_what_a_cluster_does(slurm_cluster, data
     slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=died")
     wait_for(lambda: state(jobs[1]) == "PENDING", "requeue after the death of a node", log)
     subprocess.run(["slurmd", "-N", "n2"], check=True)
-    slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+    # By ReturnToService it is in use again as soon as it has registered.
+    wait_for(
+        lambda: "idle" in slurm("sinfo", "-h", "-n", "n2", "-o", "%t"), "return of the node", log
+    )
     start_again(jobs[1], log)
     wait_for_steps(out, last_step(out), log)
     slurm("scancel", jobs[1])
