@@ -683,6 +683,7 @@ def test_torchtitans_loader_and_fsdp_go_on_from_a_step_directory(data, tmp_path)
 
 
 MEETING = "10.77.0.1"  # the address of the first host, where the agents meet
+HOSTS = {"pygpt2a": MEETING, "pygpt2b": "10.77.0.2"}
 
 
 @pytest.fixture
@@ -690,9 +691,9 @@ def two_hosts() -> Iterator[dict[str, str]]:
     """Network namespaces as hosts: names and addresses. A bridge connects them."""
     if not AS_ROOT or not shutil.which("ip"):
         pytest.skip("needs root and iproute2")
-    hosts = {"pygpt2a": MEETING, "pygpt2b": "10.77.0.2"}
+    remove_hosts()  # of a test that was killed
     commands = ["link add pygpt2br type bridge", "link set pygpt2br up"]
-    for name, address in hosts.items():
+    for name, address in HOSTS.items():
         commands += [
             f"netns add {name}",
             f"link add v{name} type veth peer name eth0 netns {name}",
@@ -703,13 +704,27 @@ def two_hosts() -> Iterator[dict[str, str]]:
         ]
     try:
         for command in commands:
-            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            done = ip(command)
             if done.returncode:
                 pytest.skip(f"no network namespaces here: ip {command}: {done.stderr.strip()}")
-        yield hosts
+        yield HOSTS
     finally:
-        for command in ("netns del pygpt2a", "netns del pygpt2b", "link del pygpt2br"):
-            subprocess.run(["ip", *command.split()], capture_output=True)
+        remove_hosts()
+
+
+def ip(command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["ip", *command.split()], capture_output=True, text=True, timeout=60)
+
+
+def remove_hosts() -> None:
+    """Also what still runs on them: a host with a process keeps its end of the cable."""
+    for name in HOSTS:
+        for process in ip(f"netns pids {name}").stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+        ip(f"link del v{name}")
+        ip(f"netns del {name}")
+    ip("link del pygpt2br")
 
 
 def host_command(name: str, address: str, *arguments) -> list[str]:
@@ -740,10 +755,10 @@ def test_two_hosts_train_are_cut_off_and_go_on(two_hosts, data, tmp_path):
     interface = {"GLOO_SOCKET_IFNAME": "eth0"}
     with agents(*commands, log=log, env=interface):
         wait_for_steps(out, 0, log)
-        subprocess.run(["ip", "link", "set", "vpygpt2b", "down"], check=True)
+        ip("link set vpygpt2b down").check_returncode()
         wait_for(lambda: re.search("error: rank . on", log.read_text()), "rank that is missed", log)
         assert re.search(r"has heard nothing of (rank \d|the store)", log.read_text())
-    subprocess.run(["ip", "link", "set", "vpygpt2b", "up"], check=True)
+    ip("link set vpygpt2b up").check_returncode()
     reached = last_step(out)
     with agents(*commands, log=log, env=interface):
         wait_for_steps(out, reached, log)

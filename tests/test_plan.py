@@ -152,13 +152,19 @@ def test_a_checkpoint_has_the_planned_size(tmp_path):
     assert written == pytest.approx(checkpoint_bytes(config), rel=0.02)
 
 
-def run_updates(ddp: DistributedDataParallel, optimizer, set_to_none: bool) -> int:
+SMALL = GPTConfig(2, 2, 32, 32, 257)
+
+
+def bytes_outside_buckets(set_to_none: bool) -> int:
     """Bytes of gradients outside DDP's buckets while two micro-batches accumulate."""
+    model = GPT(SMALL)
+    ddp = DistributedDataParallel(NextTokenLoss(model), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters())
     idx = torch.zeros(1, 32, dtype=torch.long)
     for _ in range(3):  # DDP arranges its buckets anew after the first backward
         with ddp.no_sync():
             ddp(idx, idx).backward()
-        outside = sum(p.grad.nbytes for p in ddp.parameters() if not shares_storage(p.grad))
+        outside = sum(p.grad.nbytes for p in model.parameters() if not shares_storage(p.grad))
         ddp(idx, idx).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
@@ -178,13 +184,12 @@ def test_gradients_stay_in_ddps_buckets_only_if_they_are_zeroed(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
-        model = GPT(GPTConfig(2, 2, 32, 32, 257))
-        ddp = DistributedDataParallel(NextTokenLoss(model), gradient_as_bucket_view=True)
-        optimizer = torch.optim.AdamW(model.parameters())
-        outside = run_updates(ddp, optimizer, set_to_none)
+        # In a function of its own: a DDP that outlives its process group may end in a deadlock. Its
+        # destructor holds Python's lock, and waits for a thread of gloo that wants the same lock.
+        outside = bytes_outside_buckets(set_to_none)
     finally:
         torch.distributed.destroy_process_group()
-    assert outside == bytes_a_parameter * model.num_parameters()
+    assert outside == bytes_a_parameter * GPT(SMALL).num_parameters()
 
 
 def test_a_training_process_holds_what_the_plan_says_of_libraries():
