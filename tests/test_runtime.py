@@ -250,14 +250,14 @@ def test_cudnn_attention_comes_first_where_it_is_right_and_faster(
 
 
 def test_compiled_code_is_kept_apart_by_its_order_of_kernels(machine, monkeypatch):
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
     rt = Runtime(0, 1, CUDA, torch.bfloat16)
     tags = set()
-    for capability in ((8, 0), (9, 0)):
-        machine(cuda=True, capability=capability)
-        rt.compile(torch.nn.Identity(), 1024)
-        tags.add(torch.compiler.config.cache_key_tag)
+    with torch.compiler.config.patch(cache_key_tag=""):  # and put back in the end
+        for capability in ((8, 0), (9, 0)):
+            machine(cuda=True, capability=capability)
+            rt.compile(torch.nn.Identity(), 1024)
+            tags.add(torch.compiler.config.cache_key_tag)
     assert len(tags) == 2
 
 
