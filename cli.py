@@ -7,7 +7,7 @@ is the one place that turns an error or a signal into an exit code:
     1     a fault of this program: its traceback is what a report needs
     2     bad input, too little memory, a file that cannot be read or written, or another rank
           that is lost; the last line of stderr names the remedy
-    128+n stopped by signal n, after saving (129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM)
+    128+n stopped by signal n, after saving (129 SIGHUP, 130 SIGINT, 143 SIGTERM, …)
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -79,7 +80,7 @@ def parse_flags(
     """The command line as an instance of a dataclass: a flag for each field, its comment as help.
 
     Flags override the values of `default`. An unknown or malformed flag exits with code 2. Of
-    several ranks, which all read the same command line, only rank 0 prints help or errors.
+    several ranks only the first one of each machine prints help or errors.
     """
     import tyro  # slow to import, and a notebook does without
 
@@ -88,7 +89,7 @@ def parse_flags(
         default=default,
         description=description,
         args=args,
-        console_outputs=os.environ.get("RANK", "0") == "0",
+        console_outputs=os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0",
     )
 
 
@@ -97,17 +98,24 @@ def parse_flags(
 
 # What can move a terminal's cursor, set its title, write its clipboard, or show text in an order
 # that it does not have: control characters but newline and tab, marks of text direction, and
-# surrogates, which cannot be written at all.
+# surrogates, which cannot be written at all. Also what is never seen, but copied with a text; the
+# joiners that emoji and Persian are written with are not among them.
 UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+    "\u200b\u2028\u2029\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e00ff]"
 )
+# What progress bars and colored help begin a line or a word with.
+OF_LIBRARIES = re.compile(r"(?P<kept>^\r|\x1b\[[0-9;]*[mAK])|" + UNPRINTABLE.pattern)
+
+
+def escaped(text: str) -> str:
+    """The text with what is UNPRINTABLE in it as \\x1b or \\u202e."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def printable(text: str, stream: TextIO) -> str:
     """The text as it is safe to write to the stream: escaped for a terminal, else unchanged."""
-    if not stream.isatty():
-        return text
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return escaped(text) if stream.isatty() else text
 
 
 def say(*lines: str) -> None:
@@ -125,26 +133,41 @@ def _write_message(message: str) -> None:
     sys.stderr.flush()
 
 
-class _Unfailing:
-    """A text stream whose failed writes are dropped.
+class _Escaping:
+    """A text stream that a terminal is safe from, whatever a library writes.
 
-    A progress bar on a terminal that is gone, or a warning into a full file, must not end the work.
+    It may be help or a usage error that repeats a value, or a warning with a server's words.
+    Colors and the movements of progress bars are left.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
+        shown = text
+        if self._stream.isatty():
+            shown = OF_LIBRARIES.sub(lambda match: match["kept"] or escaped(match[0]), text)
+        self._stream.write(shown)
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+class _Unfailing(_Escaping):
+    """One whose failed writes are dropped.
+
+    A progress bar on a terminal that is gone, or a warning into a full file, must not end the work.
+    """
+
+    def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
+            super().write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
 
 
 def _open_output() -> None:
@@ -173,8 +196,9 @@ def _close_output() -> None:
 
 # ---------------------------------------------------------------------------------------- signals
 
-# SIGHUP comes when the terminal is closed, SIGUSR1 from Slurm shortly before its time limit.
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+# SIGHUP comes when the terminal is closed. Shortly before the end of a job's time SIGUSR1 comes
+# from Slurm, SIGUSR2 from LSF and Grid Engine, and SIGXCPU from a limit of processor time.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 def handle_stop_signals(handler: Callable) -> dict:
@@ -249,7 +273,8 @@ def _report_final_error(message: str) -> bool:
     folder = _attempt_folder()
     if folder is None:
         return True
-    text = message or "error: rank 0 has said above why it ends"
+    # torchrun shows it as it is, perhaps on a terminal.
+    text = escaped(message) or "error: rank 0 or this machine's first process has said why it ends"
     report = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
     mark = folder / f"{FINAL_ERROR}{zlib.crc32(text.encode()):08x}"
     try:
@@ -297,17 +322,25 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
 
     handle_stop_signals(stop)
     _open_output()
-    with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
+    with (
+        contextlib.redirect_stdout(_Escaping(sys.stdout)),
+        contextlib.redirect_stderr(_Unfailing(sys.stderr)),
+    ):
         try:
             main()
             code, message, at_once = 0, "", False
         except (Exception, KeyboardInterrupt, Stopped, SystemExit) as error:
             code, message = exit_code_and_message(error, out_of_memory)
             message = message.replace("\n", "\\n")  # the name of a file may have more lines
+            if code == 2 and not is_final(error):
+                message = with_rank(message)
             if code == 1:
                 message = traceback.format_exc().rstrip()
-            if is_final(error) and not _report_final_error(message):
-                message = ""
+            if is_final(error):
+                process_group = sys.modules.get("process_group")
+                if process_group:
+                    process_group.leave_word(message)
+                message = message if _report_final_error(message) else ""
             at_once = isinstance(error, Stopped) and error.at_once
         # After a failure the process group is left to die with the process: to destroy it in good
         # order would be to wait for the other ranks.
@@ -321,6 +354,14 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
     if at_once:
         os._exit(code)
     sys.exit(code)
+
+
+def with_rank(message: str) -> str:
+    """The message of an error, with the rank and the machine that it is of, where that is not 0."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or f"rank {rank} " in message or not message.startswith("error: "):
+        return message
+    return f"error: rank {rank} on {socket.gethostname()}: {message.removeprefix('error: ')}"
 
 
 def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int, str]:
@@ -342,10 +383,13 @@ def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int
         rank = os.environ.get("RANK", "0")
         found = f"error: rank {rank} has lost another rank ({reason})"
         return 2, f"{found}; expected all to stay; look for what the others said before they ended"
-    if isinstance(error, BrokenPipeError):  # the reader has gone, as in `python sample.py | head`
+    # The reader has gone, as in `python sample.py | head`. Of a file it is Lustre's ESHUTDOWN.
+    if isinstance(error, BrokenPipeError) and not error.filename:
         return 0, ""
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
+        if isinstance(error, FileNotFoundError) and not place:  # os.getcwd names nothing
+            place = "the working directory: "
         reason = error.strerror or str(error)
         remedy = "check the path, its permissions and the free space"
         return 2, f"error: {place}{reason}; expected to read or write it; {remedy}"
@@ -366,6 +410,9 @@ def what_the_machine_lacks(error: BaseException, out_of_memory: str) -> str:
     if is_out_of_memory(error):
         reason = reason or "out of memory"
         return f"error: {reason}; expected the work to fit in memory; {out_of_memory}"
+    if isinstance(error, RuntimeError) and "can't start new thread" in reason:
+        remedy = "raise the limit (ulimit -u, or the container's), or end other processes"
+        return f"error: {reason}; expected to be allowed more threads; {remedy}"
     if type(error).__name__ == "InductorError":  # torch.compile's
         remedy = "install one (on Debian with apt install g++), or use --no-compile"
         return f"error: torch.compile: {reason}; expected a working C++ compiler; {remedy}"

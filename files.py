@@ -106,13 +106,35 @@ def set_mode(file: Path, mode: int) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a crash left half-written in `folder`. Call with its lock held.
 
-    These are the entries `.*.tmp`. Of a symbolic link the link is removed, never what it points to.
+    These are the entries `.*.tmp`.
     """
     for entry in folder.glob(".*.tmp"):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        remove(entry)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a directory or a link (never what the link points to), if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        try:
+            with walking(path):
+                shutil.rmtree(path)
+        except OSError as error:  # it names files without their folder
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def walking(folder: str | Path) -> Iterator[None]:
+    """Raise UserError where folders are nested so deeply that Python's functions fail."""
+    try:
+        yield
+    except RecursionError:
+        raise UserError(
+            f"{folder}: folders are nested too deeply",
+            expected="at most a few hundred",
+            remedy="remove what is in it, or name a folder further inside",
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -123,6 +145,11 @@ def open_file(file: Path) -> BinaryIO:
 
     Raises UserError, also where the file is missing or may not be read.
     """
+    return open(open_descriptor(file), "rb")
+
+
+def open_descriptor(file: str | Path) -> int:
+    """The same as a bare descriptor, for who opens a million files."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(file, flags)
@@ -139,7 +166,26 @@ def open_file(file: Path) -> BinaryIO:
             expected="a regular file",
             remedy="remove it, or name another file",
         )
-    return open(descriptor, "rb")
+    return descriptor
+
+
+def refuse_holes(opened: BinaryIO, file: Path) -> None:
+    """Raise UserError for a sparse file, in which a few bytes stand for terabytes of zeros.
+
+    Some holes are no fault: a file system that compresses makes them of any zeros.
+    """
+    status = os.fstat(opened.fileno())
+    on_disk = 512 * getattr(status, "st_blocks", status.st_size)
+    if status.st_size <= max(2**20, 16 * on_disk) or not hasattr(os, "SEEK_HOLE"):
+        return
+    first_hole = os.lseek(opened.fileno(), 0, os.SEEK_HOLE)  # of what is not on the disk yet: none
+    opened.seek(0)
+    if first_hole < status.st_size:
+        raise UserError(
+            f"{file}: a sparse file, {on_disk:,} of {status.st_size:,} bytes are on the disk",
+            expected="a file without holes",
+            remedy="leave it out, or fetch it again",
+        )
 
 
 def read_bytes(file: Path, limit: int) -> bytes:
@@ -155,10 +201,13 @@ def read_bytes(file: Path, limit: int) -> bytes:
     return content
 
 
-def read_lines(file: Path, limit: int = 2**28, longest: int = 2**20) -> Iterator[bytes]:
+def read_lines(
+    file: Path, limit: int = 2**28, longest: int = 2**20, most: int = 2**21
+) -> Iterator[bytes]:
     """The lines of a regular file of at most `limit` bytes, such as the log of a million steps.
 
-    A line of more than `longest` bytes comes in pieces. Raises UserError.
+    A line of more than `longest` bytes comes in pieces, of which there are at most `most`. Raises
+    UserError.
     """
     with open_file(file) as f:
         size = os.fstat(f.fileno()).st_size
@@ -168,8 +217,16 @@ def read_lines(file: Path, limit: int = 2**28, longest: int = 2**20) -> Iterator
                 expected=f"at most {limit:,} bytes",
                 remedy="move the file away, or restore it",
             )
-        while line := f.readline(longest):
+        for _ in range(most):
+            line = f.readline(longest)
+            if not line:
+                return
             yield line.removesuffix(b"\n")
+        raise UserError(
+            f"{file}: more than {most:,} lines in {size:,} bytes",
+            expected="longer lines",
+            remedy="move the file away, or restore it",
+        )
 
 
 def read_json(file: Path, shape: dict, limit: int = 2**20) -> dict:
@@ -259,8 +316,9 @@ def _json_name(kind: type) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """The hash of a file's content, in hexadecimal."""
+    """The hash of a file's content, in hexadecimal. Raises UserError for a sparse file."""
     with open_file(file) as f:
+        refuse_holes(f, file)
         try:
             return hashlib.file_digest(f, "sha256").hexdigest()
         except OSError as error:

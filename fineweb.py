@@ -44,11 +44,11 @@ import tyro
 import cli
 import tokens
 from cli import UserError, parse_flags, run_script
-from files import locked, plain_name, read_json, remove_leftovers
+from files import locked, plain_name, read_json, remove, remove_leftovers, walking
+from hub import EndlessDownload
 from sources import (
     ENDLESS_RUN,
     TOO_LONG,
-    EndlessDownload,
     Row,
     Unusable,
     beginning,
@@ -506,10 +506,12 @@ def check_settings(file: Path, manifest: dict, settings: dict) -> None:
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if not differing:
         return
-    changes = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in differing]
+    changes = [
+        f"{key[:80]} was {str(old.get(key))[:200]!r}, now {new.get(key)!r}" for key in differing[:9]
+    ]
     remedy = "repeat them"
     if "revision" in differing:
-        remedy = f"repeat them (--revision {old['revision']})"
+        remedy = f"repeat them (--revision {str(old['revision'])[:80]})"
     raise UserError(
         f"{file}: {', '.join(changes)}",
         expected="the settings and source it was begun with",
@@ -795,7 +797,7 @@ def download_shards(config: PrepareConfig, settings: dict, say: Callable) -> Non
         try:
             path = Path(on_hub(config, say, download))
         except EndlessDownload:
-            shutil.rmtree(folder / ".download")  # the next call would go on behind its end
+            remove(folder / ".download")  # the next call would go on behind its end
             raise
         try:
             sha256 = file.lfs.sha256 if file.lfs else None
@@ -813,7 +815,9 @@ def download_shards(config: PrepareConfig, settings: dict, say: Callable) -> Non
 
 def refuse_links(folder: Path) -> None:
     """Raise UserError if another user has put a link where the hub's client is going to write."""
-    for path in (folder, *folder.rglob("*")):
+    with walking(folder):
+        found = [folder, *folder.rglob("*")]
+    for path in found:
         if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
             raise UserError(
                 f"{path}: a link",
@@ -824,11 +828,7 @@ def refuse_links(folder: Path) -> None:
 
 def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
     """The hub's shard files to download: validation first, then as many as --max-tokens needs."""
-    shards = []
-    for file in info.siblings:
-        *folders, name = file.rfilename.split("/")
-        if SHARD_NAME.fullmatch(name) and all(map(plain_name, folders)):
-            shards.append(file)
+    shards = [file for file in info.siblings if is_shard(file)]
     shards.sort(key=lambda file: ("_val_" not in file.rfilename, file.rfilename))
     if len(shards) < 2:
         raise UserError(
@@ -841,6 +841,15 @@ def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
     ends = np.cumsum([(file.size - tokens.HEADER_BYTES) // 2 for file in shards])
     needed = int(np.searchsorted(ends, config.max_tokens)) + 1
     return shards[: max(2, needed)]
+
+
+def is_shard(file: Any) -> bool:
+    """Whether a file on the hub, of which its server may say anything, looks like a shard."""
+    if type(file.rfilename) is not str or type(file.size) is not int:
+        return False
+    *folders, name = file.rfilename.split("/")
+    has_plain_name = SHARD_NAME.fullmatch(name) and all(map(plain_name, folders))
+    return bool(has_plain_name) and 0 <= file.size <= tokens.HEADER_BYTES + 2 * 2**31
 
 
 def bar_that_stops(size: int, name: str) -> type:
@@ -874,8 +883,9 @@ def prepare_path(path: str, tokenizer: str, say: Callable = print) -> Path:
     Text is prepared once, into data/<corpus>-<key>. The key follows from the names and contents of
     the files, so a changed file is prepared anew.
     """
-    if os.path.isdir(path) and (holds_tokens(path) or not texts_in(path)):
-        return Path(path)
+    with walking(path):
+        if os.path.isdir(path) and (holds_tokens(path) or not texts_in(path)):
+            return Path(path)
     key = hashlib.sha256(tokenizer.encode())
     for file in expand([path]):
         with open(file, "rb") as opened:

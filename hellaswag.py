@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before the imports, which take seconds, so that Ct
 
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -50,15 +51,16 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError, parse_flags, run_script
-from files import read_bytes
+from files import read_bytes, write_file
 from model import GPT
-from run_directory import load_model
+from run_directory import is_regular, load_model
 from runtime import Runtime, choose_dtype, masked_attention, start
 
 DATA = Path("data/hellaswag/hellaswag_val.jsonl")
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SIZE = 12_246_618  # bytes
 ROWS = 10_042
+LONGEST_DOWNLOAD = 600  # seconds: at 20 kB/s; a server may send a byte now and then
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 Style = Literal["completion", "harness"]
@@ -110,22 +112,27 @@ def _read_url(url: str, size: int, attempts: int, remedy: str) -> bytes:
     Connections that break and servers that are busy are tried again, after 1, 2, 4, … seconds.
     """
     import requests
+    import urllib3
 
     for attempt in range(attempts):
         try:
-            with requests.get(url, stream=True, timeout=30) as response:
+            headers = {"Accept-Encoding": "identity"}
+            deadline = time.monotonic() + LONGEST_DOWNLOAD
+            with requests.get(url, stream=True, timeout=30, headers=headers) as response:
                 response.raise_for_status()
                 content = bytearray()
-                for block in response.iter_content(1 << 20):
+                # As they come: what a few compressed bytes unpack to is not known beforehand.
+                for block in response.raw.stream(2**9, decode_content=False):
                     content += block
-                    if len(content) > size:
+                    if len(content) > size or time.monotonic() > deadline:
                         break
                 return bytes(content)
-        except requests.RequestException as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             reason = type(error).__name__
             may_pass = True
-            if error.response is not None:
-                status = error.response.status_code
+            response = getattr(error, "response", None)
+            if response is not None:
+                status = response.status_code
                 reason = f"HTTP status {status}"
                 may_pass = status >= 500 or status == 429  # 429: too many requests
             if attempt + 1 == attempts or not may_pass:
@@ -168,7 +175,13 @@ def load_items(file: Path | None = None) -> list[Item]:
             remedy="download it again with --download",
         )
     items = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(io.BytesIO(content), 1):
+        if number > MOST_LINES:
+            raise UserError(
+                f"{path}: more than {MOST_LINES:,} lines",
+                expected="as many items as can be scored",
+                remedy="divide the file",
+            )
         if line.strip():
             items.append(_parse(line, f"{path}:{number}"))
     if not items:
@@ -176,6 +189,7 @@ def load_items(file: Path | None = None) -> list[Item]:
     return items
 
 
+MOST_LINES = 1_000_000  # the official file has 10,042
 LONGEST_LINE = 500_000  # bytes; the official ones have at most a few thousand
 
 
@@ -652,6 +666,12 @@ class Config:
                 expected="0 or more items",
                 remedy="leave it out to show none",
             )
+        if self.json is not None and self.json.exists() and not is_regular(self.json):
+            raise UserError(
+                f"--json {self.json}: a link, or no regular file",
+                expected="the name of a file, which is replaced if it is there",
+                remedy="choose another",
+            )
 
 
 def describe(item: Item, result: Result, i: int) -> str:
@@ -695,7 +715,7 @@ def main() -> None:
         rt.say("\n> chosen by acc_norm, * right")
     rt.say(str(result))
     if config.json is not None and rt.is_main:
-        config.json.write_text(json.dumps(result.summary(), indent=2) + "\n")
+        write_file(config.json, (json.dumps(result.summary(), indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import hub
 from cli import UserError
+from files import refuse_holes
 
 # ---------------------------------------------------------------------------------- configuration
 
@@ -616,12 +618,13 @@ def _load(cls: type[GPT], name_or_dir: str | os.PathLike, dropout: float) -> GPT
     config_file = _config_file(name_or_dir)
     config = read_config(config_file)
     folder = config_file.parent
+    with torch.device("meta"):
+        model = cls(replace(config, dropout=dropout))
     revision = None
     if not Path(name_or_dir).exists():  # it came from the hub
         revision = folder.name  # all files of one commit, even if the branch moves meanwhile
-        _download_weights(str(name_or_dir), folder, revision)
-    with torch.device("meta"):
-        model = cls(replace(config, dropout=dropout))
+        most = 16 * model.num_parameters() + 2**28  # older files hold causal masks too
+        _download_weights(str(name_or_dir), folder, revision, most)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored = _stored_tensors(folder)
     _check_stored(folder, stored, shapes)
@@ -651,8 +654,17 @@ class _StoredTensor:
 def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
     """All tensors that are parameters or the head, by our names. Only headers are read."""
     stored = {}
+    header_bytes = 0  # in all: a link for each of a thousand names takes no room
     for file in _weight_files(folder):
-        for name, entry in read_header(file).items():
+        header = read_header(file)
+        header_bytes += sum(map(len, header))
+        if header_bytes > LARGEST_JSON:
+            raise UserError(
+                f"{file}: more names of tensors in all files than {LARGEST_JSON:,} bytes",
+                expected="the tensors of a GPT-2",
+                remedy="use another checkpoint",
+            )
+        for name, entry in header.items():
             # Older files carry the causal mask, which is no parameter.
             if name == "__metadata__" or name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue
@@ -734,6 +746,8 @@ def _read_tensors(stored: dict[str, _StoredTensor]) -> dict[str, torch.Tensor]:
 
     state = {}
     for file, names in by_file.items():
+        with open(file, "rb") as f:
+            refuse_holes(f, file)
         with safe_open(file, framework="pt") as f:  # maps the file: `convert` reads it
             mapped = [(our_name, f.get_tensor(name)) for our_name, name in names]
 
@@ -823,7 +837,10 @@ def _read_json(file: Path) -> dict:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else "×".join(map(str, shape))
+    if shape is None:
+        return "nothing"
+    more = "×…" if len(shape) > 8 else ""
+    return "×".join(map(str, shape[:8])) + more
 
 
 def _short(value: object) -> str:
@@ -841,7 +858,8 @@ def _plain(text: str) -> str:
 # ---------------------------------------------------------------------------------------- the hub
 
 # huggingface_hub does the downloads, with its cache (HF_HOME), mirrors (HF_ENDPOINT), tokens
-# (HF_TOKEN), offline mode (HF_HUB_OFFLINE), retries and resumption.
+# (HF_TOKEN), offline mode (HF_HUB_OFFLINE), retries and resumption. hub.py says what of a server's
+# answers it does not get to see.
 
 
 def _config_file(name_or_dir: str | os.PathLike) -> Path:
@@ -860,32 +878,46 @@ def _config_file(name_or_dir: str | os.PathLike) -> Path:
     return _download(str(name_or_dir), "config.json")
 
 
-def _download_weights(name: str, folder: Path, revision: str) -> None:
-    """Fetch model.safetensors, or its parts, of a repository into the folder of its config."""
+def _download_weights(name: str, folder: Path, revision: str, most: int) -> None:
+    """Fetch model.safetensors, or its parts, of a repository into the folder of its config.
+
+    most: bytes of all parts together.
+    """
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        _download(name, "model.safetensors", revision, missing_ok=True)
+        _download(name, "model.safetensors", revision, most, missing_ok=True)
     except EntryNotFoundError:
         _download(name, INDEX, revision)
         for file in _weight_files(folder):
-            _download(name, file.name, revision)
+            most -= _download(name, file.name, revision, most).stat().st_size
 
 
 def _download(
-    name: str, file: str, revision: str | None = None, *, missing_ok: bool = False
+    name: str,
+    file: str,
+    revision: str | None = None,
+    most: int = LARGEST_JSON,
+    *,
+    missing_ok: bool = False,
 ) -> Path:
-    """Fetch one file of a hub repository. With missing_ok, EntryNotFoundError is raised."""
+    """Fetch one file of a hub repository, of at most `most` bytes.
+
+    With missing_ok, EntryNotFoundError is raised.
+    """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+    from huggingface_hub.errors import EntryNotFoundError
 
     # Some versions of the client follow "..", so the name is checked here too.
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII) or ".." in name:
         raise _download_error(name, "neither a directory nor a possible hub name", "check the path")
+    hub.guard()
     try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        # The client's Rust extension raises RuntimeError.
+        with hub.at_most(f"{name}/{file}", most):
+            return Path(hf_hub_download(name, file, revision=revision))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # each version of the client has others
         if missing_ok and isinstance(error, EntryNotFoundError):
             raise
         if isinstance(error, OSError) and error.errno:
@@ -926,8 +958,7 @@ def _download_fault(error: Exception, file: str) -> tuple[str, str]:
     response = getattr(cause, "response", None)
     if getattr(response, "status_code", None) in (401, 403):
         return "the hub refused the token", "check HF_TOKEN"
-    reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
-    reason = re.sub(r"://[^/\s]*@", "://", reason)  # HF_ENDPOINT may hold a password
+    reason = hub.without_secrets(f"{type(cause).__name__}: {cause}".splitlines()[0])
     return (
         "no such directory, not in the hub client's cache, and the hub cannot be reached "
         f"({_plain(reason)})",

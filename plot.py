@@ -22,7 +22,7 @@ import tyro
 
 import cli
 from cli import UserError, parse_flags, run_script
-from files import read_json, read_lines, same_folder, write_file
+from files import read_json, read_lines, same_folder, walking, write_file
 from fineweb import FINEWEB_EDU_FOLDER
 
 # OpenAI's GPT-2 by number of layers. HellaSwag is acc_norm in percent, completion style, from
@@ -74,12 +74,7 @@ def find_runs(folders: list[Path], say: Callable[[str], None] = cli.say) -> list
     """
     runs = []
     for folder in folders:
-        found = []
-        for parent, below, files in os.walk(folder):
-            below.sort()
-            if "log.jsonl" in files:
-                found.append(Path(parent))
-                below.clear()  # what a run directory holds are no further runs
+        found = runs_below(folder)
         if not found and folder.is_dir():
             say(f"{folder}: no log.jsonl in it or below it, passed over")
         runs += [run for run in found if run not in runs]
@@ -90,6 +85,18 @@ def find_runs(folders: list[Path], say: Callable[[str], None] = cli.say) -> list
             remedy="for example runs/first-run",
         )
     return runs
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The run directories in a folder, itself included, in order of their names."""
+    found = []
+    with walking(folder):
+        for parent, below, files in os.walk(folder):
+            below.sort()
+            if "log.jsonl" in files:
+                found.append(Path(parent))
+                below.clear()  # what a run directory holds are no further runs
+    return found
 
 
 def read_run(folder: Path, say: Callable[[str], None] = cli.say) -> Run:
@@ -226,9 +233,10 @@ def runs_with(group: list[Run], event: str) -> list[Run]:
 def is_fineweb_edu(config: dict[str, Any]) -> bool:
     """Whether the run was trained on FineWeb-Edu where fineweb.py puts it, by whatever path."""
     data = config.get("data")
-    if not isinstance(data, str) or "\0" in data:
+    try:
+        return isinstance(data, str) and same_folder(data, FINEWEB_EDU_FOLDER)
+    except ValueError:  # no path, as with a zero byte
         return False
-    return same_folder(data, FINEWEB_EDU_FOLDER)
 
 
 def unit_of_loss(runs: list[Run]) -> str:
@@ -252,7 +260,8 @@ def draw_curves(folders: list[Path], file: Path, say: Callable[[str], None] = cl
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the user's settings must not decide whether a picture succeeds
         figure = make_figure(groups)
-        kinds = figure.canvas.get_supported_filetypes()
+        # For pgf a TeX would be started, which executes what it finds in a run's name.
+        kinds = figure.canvas.get_supported_filetypes().keys() - {"pgf"}
         kind = file.suffix.removeprefix(".").lower()
         if kind not in kinds:
             raise UserError(
@@ -523,7 +532,7 @@ def main() -> None:
         print(table(group_by_configuration([read_run(folder) for folder in folders])))
     else:
         draw_curves(folders, config.out)
-        print(config.out)
+        cli.say(str(config.out))
 
 
 if __name__ == "__main__":

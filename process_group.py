@@ -13,6 +13,7 @@ import datetime
 import functools
 import itertools
 import os
+import re
 import secrets
 import signal
 import socket
@@ -34,6 +35,7 @@ FIRST_WORD_SECONDS = 15  # after which it says whom it waits for
 HEARTBEAT_SECONDS = 10
 BEATS_TO_WARN = 6  # heartbeats of a rank that are missing when it is named,
 BEATS_TO_END = 12  # and when it counts as lost
+LEFT = "left"  # the last heartbeat of a rank that has ended in good order
 
 WHAT_TO_CHECK = "see the table of symptoms in docs/scaling.md, section Several nodes"
 
@@ -41,7 +43,7 @@ WHAT_TO_CHECK = "see the table of symptoms in docs/scaling.md, section Several n
 @functools.cache
 def join(device: torch.device) -> dist.Store:
     """Meet the other ranks and start the process group. The store is this attempt's alone."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = place_in_environment()
     host, port = address_of_store()
     connection = connect(host, port, rank)
     name = agree_on_name(connection, rank, world_size, f"{host}:{port}")
@@ -81,62 +83,151 @@ def start_process_group(
 # ------------------------------------------------------------------------------------- meeting
 
 
+def place_in_environment() -> tuple[int, int]:
+    """RANK and WORLD_SIZE, as torchrun sets them; 0 and 1 for a process that was started alone."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        refuse_launchers_without_ranks()
+    world_size = number_in_environment("WORLD_SIZE", "1", "a number of processes, from 1 on")
+    default = "0" if world_size == 1 else ""
+    rank = number_in_environment("RANK", default, f"a number below WORLD_SIZE, {world_size}")
+    number_in_environment("LOCAL_RANK", "0", "the number of this process on its machine")
+    if rank >= world_size:  # also where WORLD_SIZE is 0
+        raise UserError(
+            f"RANK is {rank}, and WORLD_SIZE is {world_size}",
+            expected="ranks from 0 to WORLD_SIZE - 1",
+            remedy="start the ranks with torchrun, or unset both",
+        )
+    return rank, world_size
+
+
+def number_in_environment(name: str, default: str, expected: str) -> int:
+    value = os.environ.get(name, default)
+    if not re.fullmatch("[0-9]{1,7}", value):
+        raise UserError(
+            f"{name} is {value[:80]!r}",
+            expected=expected,
+            remedy="start the ranks with torchrun, which sets it, or unset RANK and WORLD_SIZE",
+        )
+    return int(value)
+
+
+def refuse_launchers_without_ranks() -> None:
+    """Slurm and MPI start many processes, and each would take itself for the only one."""
+    for launcher, name in (
+        ("srun", "SLURM_STEP_NUM_TASKS"),
+        ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+        ("mpiexec", "PMI_SIZE"),
+    ):
+        tasks = os.environ.get(name, "")
+        if re.fullmatch("[0-9]{1,7}", tasks) and int(tasks) > 1:
+            raise UserError(
+                f"{launcher} has started {tasks} processes, without torchrun",
+                expected="one torchrun on each node, which starts the ranks",
+                remedy="see docs/scaling.md, section Slurm; where each process shall be a run of "
+                "its own, set WORLD_SIZE=1",
+            )
+
+
 def address_of_store() -> tuple[str, int]:
     """MASTER_ADDR and MASTER_PORT."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal():
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, without MASTER_ADDR or MASTER_PORT",
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, MASTER_ADDR is {host!r} and MASTER_PORT "
+            f"{port[:80]!r}",
             expected="the address at which the ranks meet, as torchrun sets it",
             remedy="start the ranks with torchrun, or unset WORLD_SIZE",
         )
     return host, int(port)
 
 
+def is_store_host(rank: int) -> bool:
+    """Without torchrun's own store rank 0 is its host."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 def connect(host: str, port: int, rank: int) -> dist.Store:
-    """A connection to the store. Without torchrun's own store rank 0 is its host."""
-    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not is_host:
-        wait_until_reachable(host, port, rank)
-    try:
-        return dist.TCPStore(
-            host,
-            port,
-            is_master=is_host,
-            timeout=STORE_TIMEOUT,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
-        raise LostContact(
-            f"no store at {host}:{port} ({first_line(error)})",
-            expected="a free port on rank 0's machine, which the other ranks can reach",
-            remedy=WHAT_TO_CHECK,
-        ) from None
+    """A connection to the store.
 
-
-def wait_until_reachable(host: str, port: int, rank: int) -> None:
-    """Wait until something listens at the address.
-
-    torch would wait too, but in silence, and it would not hear a signal meanwhile.
+    torch would wait in silence for a name that does not resolve or a port where something else
+    listens, and would not hear a signal meanwhile. So a thread makes the connection, and this one
+    says what it waits for.
     """
-    reason = ""
+    outcome: list[dist.Store | RuntimeError] = []
+    reason = "no answer yet"
 
-    def is_reachable() -> bool:
+    def make() -> None:
         nonlocal reason
+        while not is_store_host(rank):
+            try:
+                socket.create_connection((host, port), timeout=5).close()
+                break
+            except OSError as error:
+                reason = error.strerror or str(error)
+                time.sleep(0.2)
+        reason = "something listens there, but does not answer as rank 0 would"
         try:
-            socket.create_connection((host, port), timeout=5).close()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            return False
-        return True
+            outcome.append(new_connection(host, port, rank))
+        except RuntimeError as error:
+            outcome.append(error)
 
     def what() -> str:
         return f"rank {rank} on {socket.gethostname()} waits for rank 0 at {host}:{port} ({reason})"
 
+    threading.Thread(target=make, name="connect", daemon=True).start()
     # One rank of a machine speaks for all.
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    wait(is_reachable, what, speaks)
+    wait(lambda: bool(outcome), what, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+    if isinstance(outcome[0], RuntimeError):
+        raise LostContact(
+            f"no store at {host}:{port} ({first_line(outcome[0])})",
+            expected="a free port on rank 0's machine, which the other ranks can reach",
+            remedy=WHAT_TO_CHECK,
+        )
+    return outcome[0]
+
+
+def new_connection(host: str, port: int, rank: int) -> dist.TCPStore:
+    """Raises RuntimeError. Its host reaches the store whatever others call it."""
+    is_host = is_store_host(rank)
+    return dist.TCPStore(
+        "localhost" if is_host else host,
+        port,
+        is_master=is_host,
+        timeout=STORE_TIMEOUT,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def leave_word(message: str) -> None:
+    """Tell the others, who wait for this rank at torchrun's store, that it ends before they meet.
+
+    They would wait for it in vain. The store may be out of reach, so this takes 5 seconds at most.
+    """
+    if dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+
+    def write() -> None:
+        with contextlib.suppress(RuntimeError, UserError):
+            rank, _ = place_in_environment()
+            store = new_connection(*address_of_store(), rank)
+            here = f"rank {rank} on {socket.gethostname()}"
+            reason = message.removeprefix("error: ") or "it cannot read its flags"
+            store.set(f"failed/{rank}", f"{here} has ended: {reason}")
+
+    writer = threading.Thread(target=write, name="leave word", daemon=True)
+    writer.start()
+    writer.join(5)
+
+
+def check_has_not_failed(store: dist.Store, rank: int) -> None:
+    """Raises what the rank has left by `leave_word`, and so ends the restarts here, too."""
+    if store.check([f"failed/{rank}"]):
+        raise UserError(
+            store.get(f"failed/{rank}").decode(errors="replace"),
+            expected="each rank to come to the meeting",
+            remedy="start all ranks with one command",
+        )
 
 
 def agree_on_name(store: dist.Store, rank: int, world_size: int, place: str) -> str:
@@ -156,8 +247,13 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, place: str) -> 
         return token
     store.set(f"call/{rank}", token)
     answer = f"answer/{token}"
+
+    def has_answer() -> bool:
+        check_has_not_failed(store, 0)
+        return store.check([answer])
+
     wait(
-        lambda: store.check([answer]),
+        has_answer,
         lambda: f"rank {rank} on {socket.gethostname()} waits for rank 0, to meet at {place}",
         speaks=os.environ.get("LOCAL_RANK", "0") == "0",
     )
@@ -174,7 +270,9 @@ def answer_all(store: dist.Store, name: str, world_size: int, place: str) -> Non
         for rank in list(missing):
             if store.check([f"{name}/heartbeat/{rank}"]):
                 missing.remove(rank)
-            elif store.check([f"call/{rank}"]):
+                continue
+            check_has_not_failed(store, rank)
+            if store.check([f"call/{rank}"]):
                 token = store.get(f"call/{rank}").decode()
                 store.set(f"answer/{token}", name)
         return not missing
@@ -256,7 +354,7 @@ class Heartbeat:
             try:
                 # A connection of its own: a slow answer must not hold up the process group.
                 store = store or self.connect()
-                store.set(f"heartbeat/{self.rank}", "left" if leaving else str(beat))
+                store.set(f"heartbeat/{self.rank}", LEFT if leaving else str(beat))
                 self.heard = store.multi_get(list(self.keys.values()))
             except RuntimeError:
                 store = None  # an answer that comes late would be taken for the next one's
@@ -264,7 +362,8 @@ class Heartbeat:
                 return
 
     def connect(self) -> dist.Store:
-        store = dist.TCPStore(self.host, self.port, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        host = "localhost" if is_store_host(self.rank) else self.host
+        store = dist.TCPStore(host, self.port, wait_for_workers=False, timeout=STORE_TIMEOUT)
         return dist.PrefixStore(self.attempt, store)
 
     def watch(self) -> None:
@@ -283,7 +382,7 @@ class Heartbeat:
                 continue
             unanswered = 0
             for other, value in zip(self.keys, heard, strict=True):
-                silent = value == last[other] and value != b"left"
+                silent = value == last[other] and value != LEFT.encode()
                 missed[other] = missed[other] + 1 if silent else 0
                 last[other] = value
                 self.judge(missed[other], f"rank {other}")
@@ -300,6 +399,16 @@ class Heartbeat:
             sys.stderr.write(f"error: {text}; expected a sign of life; {WHAT_TO_CHECK}\n")
             sys.stderr.flush()
             os._exit(2)  # the main thread is inside a collective, where no exception reaches it
+
+
+def check_main_has_not_left(store: dist.Store) -> None:
+    """For who waits for what rank 0 does alone: a rank that was stopped there is not missed."""
+    if store.get("heartbeat/0").decode() == LEFT:
+        raise LostContact(
+            "rank 0 has ended",
+            expected="it to finish what the others wait for",
+            remedy="look for what it said before it ended",
+        )
 
 
 def end_with_launcher() -> None:

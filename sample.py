@@ -55,7 +55,7 @@ def next_token(
 ) -> torch.Tensor:
     """Draw one token for each row of logits (B, V); returns int64 (B, 1).
 
-    temperature: divides the logits; 0 takes the likeliest token.
+    temperature: divides the logits; 0, or less than 1e-6, takes the likeliest token.
     top_k: draw only from the top_k likeliest tokens; None: from all.
     top_p: draw only from the nucleus, the smallest set of likeliest tokens whose probabilities add
     up to top_p (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"); None: from
@@ -64,7 +64,7 @@ def next_token(
 
     No operation here makes the host wait for a GPU.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # a division by less would overflow
         return logits.float().argmax(-1, keepdim=True)
     logits = logits.float()
     V = logits.size(-1)
@@ -436,13 +436,16 @@ class SampleConfig:
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p)
-        for flag, value in [
-            ("--num-samples", self.num_samples),
-            ("--max-new-tokens", self.max_new_tokens),
+        for flag, value, least, most in [
+            ("--num-samples", self.num_samples, 1, 2**20),
+            ("--max-new-tokens", self.max_new_tokens, 1, 10**9),
+            ("--seed", self.seed, -(2**63), 2**63 - 1),
         ]:
-            if value < 1:
+            if not least <= value <= most:
                 raise UserError(
-                    f"{flag} {value}", expected="1 or more", remedy="give a positive number"
+                    f"{flag} {value}",
+                    expected=f"a number from {least} to {most}",
+                    remedy="choose one in that range",
                 )
 
 

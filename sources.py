@@ -28,7 +28,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 
 from cli import UserError
-from files import open_file
+from files import open_file, refuse_holes, walking
+from hub import (
+    MOST_ANSWER_BYTES,
+    EndlessDownload,
+    at_most,
+    foreign_errors,
+    guard,
+    without_secrets,
+)
 
 # Bytes of the longest document that is read, but for a text file that is one document: longer ones
 # are skipped. Crawled pages have at most 5 MB, the longest novels 10 MB.
@@ -151,7 +159,7 @@ def text_of(item: Any, text_column: str) -> Any:
 
 def check_column(name: str, text_column: str, columns: list[str]) -> None:
     if columns.count(text_column) != 1:
-        shown = ", ".join(map(str, columns[:50]))
+        shown = ", ".join(str(column)[:80] for column in columns[:50])
         raise UserError(
             f"{name}, --text-column {text_column}: "
             + ("several columns" if text_column in columns else "no such column"),
@@ -254,14 +262,8 @@ def expand(patterns: Iterable[str]) -> list[str]:
     """The regular files that paths, folders and globs name, in this order, each sorted by name."""
     files = []
     for pattern in patterns:
-        try:
+        with walking(pattern):
             files += files_of(pattern)
-        except RecursionError:  # of os.walk and glob
-            raise UserError(
-                f"{pattern}: folders are nested too deeply",
-                expected="at most a few hundred",
-                remedy="name a folder further inside",
-            ) from None
     return files
 
 
@@ -389,12 +391,12 @@ def named(rows: Iterator[Row], file: str, size: int) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def naming_the_file(file: str, *errors: type[Exception]) -> Iterator[None]:
-    """Errors of pyarrow and csv do not name the file they are about."""
+    """Errors of pyarrow, of csv and of damaged headers do not name the file they are about."""
     import pyarrow
 
     try:
         yield
-    except (pyarrow.ArrowException, csv.Error, *errors) as error:
+    except (pyarrow.ArrowException, csv.Error, struct.error, ValueError, *errors) as error:
         if getattr(error, "filename", None):  # one of the system, which names it
             raise
         reason = " ".join(str(error).split())[:300]
@@ -448,16 +450,7 @@ def open_stream(file: str, compression: str | None) -> BinaryIO:
     if compression:
         return io.BufferedReader(Unpacked(file, compression), 2**16)
     opened = open_file(Path(file))
-    size = os.fstat(opened.fileno()).st_size
-    if hasattr(os, "SEEK_HOLE") and size:
-        # Text has no holes. To read a terabyte of them takes long.
-        if os.lseek(opened.fileno(), 0, os.SEEK_HOLE) < size:
-            raise UserError(
-                f"{file}: a sparse file, of which parts are not on the disk",
-                expected="text",
-                remedy="leave it out",
-            )
-        opened.seek(0)
+    refuse_holes(opened, Path(file))
     return opened
 
 
@@ -482,7 +475,8 @@ def read_text(
 
 def unescaped(split_on: str) -> bytes:
     r"""What --split-on stands for: \n, \r and \t, as typed on a command line, are characters."""
-    return split_on.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t").encode()
+    text = split_on.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
+    return text.encode(errors="surrogateescape")  # any bytes can be typed
 
 
 def beginning(file: str, compression: str | None, size: int = 2**20) -> bytes:
@@ -779,17 +773,17 @@ def read_parquet(opened: BinaryIO, name: str, config: SourceConfig, start: int) 
     """
     import pyarrow.parquet
 
-    size = check_footer(opened, name)
+    size, groups = read_footer(opened, name, config.text_column)
     file = pyarrow.parquet.ParquetFile(opened)
     check_text_column(name, config.text_column, file.schema_arrow)
     row = 0
     unpacked = 0
     for group in range(file.num_row_groups):
-        metadata = file.metadata.row_group(group)
-        if row + metadata.num_rows <= start:
-            row += metadata.num_rows
+        num_rows = file.metadata.row_group(group).num_rows
+        if row + num_rows <= start:
+            row += num_rows
             continue
-        pages = pages_of(opened, name, metadata, config.text_column)
+        pages = pages_of(opened, name, groups[group])
         unpacked += sum(pages)
         check_unpacked(name, size, IN_ALL, unpacked)
         # A string that is repeated is stored once, so that each row may be as long as a page.
@@ -804,8 +798,20 @@ def read_parquet(opened: BinaryIO, name: str, config: SourceConfig, start: int) 
                     yield Row(usable(document, place), row, row / file.metadata.num_rows)
 
 
-def check_footer(opened: BinaryIO, name: str) -> int:
-    """The size of a parquet file. Raises UserError where its footer would fill the memory."""
+class Column(NamedTuple):
+    """Where a row group has the pages of one column, and how many values these hold."""
+
+    start: int
+    size: int
+    values: int
+
+
+def read_footer(opened: BinaryIO, name: str, text_column: str) -> tuple[int, list[list[Column]]]:
+    """The size of a parquet file, and the columns of text of each of its row groups.
+
+    Raises UserError where the footer would fill the memory, or is damaged. It is parsed here too,
+    because pyarrow ends the process where it is asked for a damaged column.
+    """
     size = opened.seek(0, os.SEEK_END)
     tail = min(size, 2**16)  # what pyarrow will read, so that the hub is asked once
     opened.seek(size - tail)
@@ -816,27 +822,47 @@ def check_footer(opened: BinaryIO, name: str) -> int:
             expected=f"at most {most(size, MOST_FOOTER):,.0f}",
             remedy="leave it out, or write it anew with fewer columns and row groups",
         )
-    return size
+    opened.seek(max(0, size - 8 - length))
+    try:
+        footer, _ = thrift_struct(opened.read(length), 0)
+        return size, [columns_of(group, text_column) for group in footer.get(4, [])]
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+        raise UserError(
+            f"{name}: a damaged footer",
+            expected="a parquet file",
+            remedy="mend it or leave it out",
+        ) from None
 
 
-def pages_of(opened: BinaryIO, name: str, metadata: Any, text_column: str) -> list[int]:
+def columns_of(group: dict[int, Any], text_column: str) -> list[Column]:
+    """The columns of a row group, as the footer has it, whose path begins with a name."""
+    found = []
+    for chunk in group[1]:
+        column = chunk[3]
+        path = b".".join(column[3]) + b"."
+        if path.startswith(text_column.encode(errors="surrogateescape") + b"."):
+            dictionary_page = column.get(11, 0)
+            start = min(column[9], dictionary_page) if dictionary_page > 0 else column[9]
+            if min(start, column[7], column[5]) < 0:
+                raise ValueError("a negative place or size")
+            found.append(Column(start, column[7], column[5]))
+    return found
+
+
+def pages_of(opened: BinaryIO, name: str, columns: list[Column]) -> list[int]:
     """The sizes of the unpacked pages of a row group's text.
 
     The footer has their sum, but only a page's own header says what pyarrow will allocate. Raises
     UserError where that is beyond reason.
     """
     pages = [0]
-    for i in range(metadata.num_columns):
-        column = metadata.column(i)
-        if not (column.path_in_schema + ".").startswith(text_column + "."):
-            continue
-        start = min(column.data_page_offset, column.dictionary_page_offset or 2**63)
-        end = start + column.total_compressed_size
+    for start, size, num_values in columns:
+        end = start + size
         # On the hub this is one request. What is read below is then in the client's memory.
         opened.seek(start)
-        opened.read(min(column.total_compressed_size, AT_ONCE[0]))
+        opened.read(min(size, AT_ONCE[0]))
         values = 0
-        while start < end and values < column.num_values:
+        while start < end and values < num_values:
             page = read_page_header(opened, start, name)
             check_unpacked(name, page.packed, AT_ONCE, page.unpacked)
             pages.append(page.unpacked)
@@ -867,7 +893,7 @@ def read_page_header(opened: BinaryIO, start: int, name: str) -> Page:
                 return page
         except IndexError:  # the header is longer than that
             pass
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             break
     raise UserError(
         f"{name}: no page of a column begins at byte {start:,}",
@@ -876,77 +902,114 @@ def read_page_header(opened: BinaryIO, start: int, name: str) -> Page:
     )
 
 
-def thrift_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+def thrift_struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
     """A struct in Thrift's compact protocol at a place, by the numbers of its fields, and its end.
 
-    It knows what the headers of parquet's pages consist of: integers, truth values, byte strings
-    and other structs. Raises IndexError where the data end, and ValueError for anything else.
+    Raises IndexError where the data end, and ValueError for what the protocol does not have.
     """
-
-    def varint() -> int:
-        nonlocal at
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError("a number of more than 64 bits")
-
     fields = {}
     number = 0
     while head := data[at]:
-        at += 1
         step, kind = head >> 4, head & 15
-        number = number + step if step else varint() // 2
-        if kind in (1, 2):  # the truth values
-            fields[number] = kind == 1
-        elif kind in (4, 5, 6):  # integers, of which the last bit is the sign
-            value = varint()
-            fields[number] = (value >> 1) ^ -(value & 1)
-        elif kind == 8:  # a string of bytes
-            length = varint()
-            at += length
-        elif kind == 12 and depth < 3:
-            fields[number], at = thrift_struct(data, at, depth + 1)
+        at += 1
+        if step:
+            number += step
         else:
-            raise ValueError(f"type {kind}")
+            number, at = thrift_number(data, at)
+        if kind in (1, 2):  # a truth value, which has no bytes of its own
+            fields[number] = kind == 1
+        else:
+            fields[number], at = thrift_value(data, at, kind)
     return fields, at + 1
 
 
+def thrift_value(data: bytes, at: int, kind: int) -> tuple[Any, int]:
+    """A value of a kind at a place, and its end."""
+    if kind in (4, 5, 6):
+        return thrift_number(data, at)
+    if kind == 8:  # a string of bytes
+        length, at = thrift_varint(data, at)
+        return data[at : at + length], at + length
+    if kind in (9, 10):  # a list or a set
+        return thrift_list(data, at)
+    if kind == 12:
+        return thrift_struct(data, at)
+    sizes = {1: 1, 2: 1, 3: 1, 7: 8}  # truth values in a list, bytes, and floats
+    if kind not in sizes:
+        raise ValueError(f"type {kind}")
+    return None, at + sizes[kind]  # of no interest here
+
+
+def thrift_list(data: bytes, at: int) -> tuple[list, int]:
+    count, kind = data[at] >> 4, data[at] & 15
+    at += 1
+    if count == 15:
+        count, at = thrift_varint(data, at)
+    values = []
+    for _ in range(count):
+        value, at = thrift_value(data, at, kind)
+        values.append(value)
+        if at > len(data):
+            raise IndexError("the data end in a list")
+    return values, at
+
+
+def thrift_number(data: bytes, at: int) -> tuple[int, int]:
+    """An integer, of which the last bit is the sign."""
+    value, at = thrift_varint(data, at)
+    return (value >> 1) ^ -(value & 1), at
+
+
+def thrift_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a number of more than 64 bits")
+
+
 # -------------------------------------------------------------------------------- the hub
-
-
-class EndlessDownload(UserError):
-    """A download went on beyond the size of what was asked for."""
-
-    def __init__(self, name: str, size: int):
-        super().__init__(
-            f"{name}: more bytes came than were asked for",
-            expected=f"{size:,} bytes",
-            remedy="check the connection, then run the same command again",
-        )
 
 
 def dataset_source(config: SourceConfig, revision: str) -> Source:
     """The documents of a dataset on the hub."""
     import datasets
 
-    builder = datasets.load_dataset_builder(config.dataset, config.name or None, revision=revision)
-    splits = list(builder.config.data_files or {}) or list(builder.info.splits or {})
-    if config.split not in splits:
-        raise UserError(
-            f"--split {config.split}: no such split",
-            expected=f"one of {', '.join(splits)}",
-            remedy="choose one of them",
-        )
-    if builder.name == "parquet":
-        return hub_parquet_source(config, list(builder.config.data_files[config.split]))
-    info = (builder.info.splits or {}).get(config.split)
-    num_rows = info.num_examples if info else None
-    stream = builder.as_streaming_dataset(split=config.split)
+    guard()
+    with foreign_errors():
+        name = config.name or None
+        with at_most(config.dataset, MOST_ANSWER_BYTES):
+            builder = datasets.load_dataset_builder(config.dataset, name, revision=revision)
+        data_files = builder.config.data_files or {}
+        splits = builder.info.splits or {}
+        if config.split not in (data_files or splits):
+            raise UserError(
+                f"--split {config.split}: no such split",
+                expected=f"one of {', '.join(map(str, data_files or splits))[:1000]}",
+                remedy="choose one of them",
+            )
+        urls = list(data_files.get(config.split, []))
+        refuse_files_elsewhere(config, urls)
+        if builder.name == "parquet":
+            return hub_parquet_source(config, urls)
+        info = splits.get(config.split)
+        num_rows = int(info.num_examples) if info else None
+        stream = builder.as_streaming_dataset(split=config.split)
     return functools.partial(read_stream, stream, num_rows, config)
+
+
+def refuse_files_elsewhere(config: SourceConfig, urls: Iterable[str]) -> None:
+    """A dataset's README names its files, and could name yours, or those of another repository."""
+    for url in urls:
+        if not url.startswith(f"hf://datasets/{config.dataset}@"):
+            raise UserError(
+                f"--dataset {config.dataset}: names the file {url[:200]}",
+                expected="files of its own repository",
+                remedy="do not use it: this reaches for what is not its own",
+            )
 
 
 def hub_parquet_source(config: SourceConfig, urls: list[str]) -> Source:
@@ -984,7 +1047,8 @@ def open_on_hub(path: str) -> BinaryIO:
                         raise EndlessDownload(path, end - start)
             return bytes(content)
 
-    return BoundedFile(HfFileSystem(), path, block_size=2**25)
+    with foreign_errors():
+        return BoundedFile(HfFileSystem(), path, block_size=2**25)
 
 
 def read_stream(
@@ -992,10 +1056,16 @@ def read_stream(
 ) -> Iterator[Row]:
     """Rows of a `datasets` stream. Its state is the position, and known after every 128 rows."""
     row = 0
-    if position:
-        row = position["rows"]
-        stream.load_state_dict(position["state"])
-    for table in stream.with_format("arrow").iter(128):
+    with foreign_errors():  # the position may be somebody else's
+        if position:
+            row = int(position["rows"])
+            stream.load_state_dict(position["state"])
+        tables = stream.with_format("arrow").iter(128)
+    while True:
+        with foreign_errors():
+            table = next(tables, None)
+        if table is None:
+            return
         check_text_column(config.source_name, config.text_column, table.schema)
         last = row + table.num_rows
         place = {"state": stream.state_dict(), "rows": last}
@@ -1013,6 +1083,7 @@ def on_hub(config: SourceConfig, say: Callable, action: Callable[[], Any]) -> An
     """
     from huggingface_hub.errors import HTTPError
 
+    guard()
     for attempt in range(RETRIES + 1):
         try:
             return action()
@@ -1021,7 +1092,7 @@ def on_hub(config: SourceConfig, say: Callable, action: Callable[[], Any]) -> An
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
             if attempt == RETRIES or not may_pass(error):
-                reason = " ".join(str(error).split())[:300]
+                reason = without_secrets(" ".join(str(error).split()))[:300]
                 raise UserError(
                     f"{config.source_name} --revision {config.revision}: "
                     f"{type(error).__name__}: {reason}",
@@ -1053,7 +1124,11 @@ def dataset_info(config: SourceConfig, dataset: str, say: Callable) -> Any:
     """What the hub says of a dataset: its commit, and its files with their sizes."""
     from huggingface_hub import HfApi
 
-    ask = functools.partial(
-        HfApi().dataset_info, dataset, revision=config.revision, files_metadata=True
-    )
+    def ask() -> Any:
+        with foreign_errors():
+            info = HfApi().dataset_info(dataset, revision=config.revision, files_metadata=True)
+            if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
+                raise ValueError(f"the commit {str(info.sha)[:80]!r}")
+        return info
+
     return on_hub(config, say, ask)

@@ -67,6 +67,29 @@ def test_a_reader_who_has_gone_is_no_error(capsys):
     assert exit_code_of(BrokenPipeError(), capsys) == (0, "")
 
 
+def test_a_file_system_that_has_gone_is_an_error(capsys):
+    """Lustre says ESHUTDOWN, which is a BrokenPipeError to Python, as is a reader who has gone."""
+    error = OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN), "run/log.jsonl")
+    assert isinstance(error, BrokenPipeError)
+    code, err = exit_code_of(error, capsys)
+    assert code == 2
+    assert "run/log.jsonl: " in err
+
+
+def test_a_working_directory_that_was_removed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_main(lambda: os.getcwd()) == 2
+    assert "error: the working directory: No such file" in capsys.readouterr().err
+
+
+def test_too_many_threads_are_one_line(capsys):
+    code, err = exit_code_of(RuntimeError("can't start new thread"), capsys)
+    assert code == 2
+    assert "ulimit -u" in err
+
+
 def test_interrupts_are_130_without_a_traceback(capsys):
     assert exit_code_of(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
     assert exit_code_of(Stopped(signal.SIGINT), capsys) == (130, "interrupted\n")
@@ -179,7 +202,7 @@ def start_and_wait(script) -> subprocess.Popen:
     return process
 
 
-STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+STOPS = [getattr(signal, name) for name in cli.STOP_SIGNALS]
 
 
 @pytest.mark.parametrize("signum", STOPS, ids=lambda signum: signum.name)

@@ -22,7 +22,9 @@ import pytest
 import torch.distributed as dist
 from tools import ROOT, read_log, run_python, torchrun, write_bytes_data
 
+import cli
 import process_group
+from cli import UserError
 from tokens import TokenData, get_encoding, open_data, save_tokenizer
 
 BIN = Path(sys.executable).parent  # where torchrun is
@@ -220,11 +222,114 @@ def test_a_rank_without_peers_names_them_and_ends(tmp_path):
     assert done.stderr.count("\n") == 1 and "Connection refused" in done.stderr
 
 
-def test_world_size_without_an_address_is_refused(tmp_path):
-    script = ranks_script(tmp_path, "cli.run_script(lambda: runtime.start('cpu', 'float32'))\n")
-    done = run_python(script, env={"WORLD_SIZE": "2", "RANK": "0"})
+WRONG_PLACES = [
+    ({"RANK": "1"}, "RANK is 1, and WORLD_SIZE is 1"),
+    ({"WORLD_SIZE": "2"}, "RANK is ''"),
+    ({"WORLD_SIZE": "0", "RANK": "0"}, "RANK is 0, and WORLD_SIZE is 0"),
+    ({"WORLD_SIZE": "-1", "RANK": "0"}, "WORLD_SIZE is '-1'"),
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+    ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2, and WORLD_SIZE is 2"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun has started 4 processes"),
+    ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 processes"),
+    ({"PMI_RANK": "0", "PMI_SIZE": "3"}, "mpiexec has started 3 processes"),
+]
+
+
+def set_place(monkeypatch, environment: dict[str, str]) -> None:
+    for name in list(os.environ):
+        if re.match("(LOCAL_)?RANK|WORLD_SIZE|MASTER_|SLURM_|OMPI_|PMI_", name):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("environment, message", WRONG_PLACES, ids=str)
+def test_a_wrong_place_among_the_ranks_is_refused(monkeypatch, environment, message):
+    set_place(monkeypatch, environment)
+    with pytest.raises(UserError, match=message):
+        process_group.place_in_environment()
+
+
+@pytest.mark.parametrize(
+    "environment, place",
+    [
+        ({}, (0, 1)),
+        ({"WORLD_SIZE": "1"}, (0, 1)),
+        ({"WORLD_SIZE": "2", "RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),  # torchrun's
+        ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, (0, 1)),  # runs of their own
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, (0, 1)),  # a batch script, without srun
+    ],
+    ids=str,
+)
+def test_a_place_among_the_ranks(monkeypatch, environment, place):
+    set_place(monkeypatch, environment)
+    assert process_group.place_in_environment() == place
+
+
+@pytest.mark.parametrize("host", ["", "node0"])
+@pytest.mark.parametrize("port", ["", "0", "70000", "-1", "http"])
+def test_a_wrong_address_of_the_store_is_refused(monkeypatch, host, port):
+    place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": host, "MASTER_PORT": port}
+    set_place(monkeypatch, place)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, MASTER_ADDR is .* MASTER_PORT"):
+        process_group.address_of_store()
+
+
+@pytest.mark.parametrize(
+    "host, reason",
+    [
+        ("127.0.0.1", "something listens there, but does not answer as rank 0 would"),
+        ("no.such.host.invalid", r"\w"),  # the system's own words
+    ],
+)
+def test_who_does_not_find_rank_0_says_so_and_ends(tmp_path, host, reason):
+    """The port is another program's, which is silent; or the name does not resolve."""
+    script = ranks_script(
+        tmp_path,
+        "process_group.MEETING_SECONDS = 2\n"
+        "cli.run_script(lambda: runtime.start('cpu', 'float32'))\n",
+    )
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = str(silent.getsockname()[1])
+        address = {"WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": port}
+        done = run_python(script, env=address | {"RANK": "1"})
     assert done.returncode == 2
-    assert done.stderr.startswith("error: WORLD_SIZE is 2, without MASTER_ADDR or MASTER_PORT")
+    error = rf"error: after 2 s rank 1 on \S+ waits for rank 0 at {host}:{port} \({reason}"
+    assert re.match(error, done.stderr), done.stderr
+
+
+def test_a_rank_ends_when_rank_0_has_left_what_it_did_alone(tmp_path):
+    """As by a SIGTERM to its agent. The store is torchrun's, on another machine, and stays."""
+    script = ranks_script(
+        tmp_path,
+        "def main():\n"
+        "    rt = runtime.start('cpu', 'float32')\n"
+        "    print('met', flush=True)\n"
+        "    rt.on_main(lambda: time.sleep(600))\n"
+        "cli.run_script(main)\n",
+    )
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    place["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    ranks = []
+    for rank in ("0", "1"):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | place | {"RANK": rank}
+        ranks.append(subprocess.Popen([sys.executable, script], env=environment, **pipes))
+    try:
+        for process in ranks:
+            assert process.stdout.readline() == "met\n"
+        ranks[0].terminate()
+        _, stderr = ranks[1].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert ranks[1].returncode == 2
+    assert re.match(r"error: rank 1 on \S+: rank 0 has ended", stderr)
 
 
 def test_a_rank_that_waits_ends_on_sigterm(tmp_path):
@@ -307,6 +412,19 @@ def test_a_rank_that_has_finished_is_not_missed(tmp_path):
     assert "has heard nothing" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    "rank, message, said",
+    [
+        ("1", "error: out of memory", r"error: rank 1 on \S+: out of memory"),
+        ("0", "error: out of memory", "error: out of memory"),
+        ("1", "error: rank 1 has lost another rank", "error: rank 1 has lost another rank"),
+    ],
+)
+def test_an_error_says_of_which_rank_it_is(monkeypatch, rank, message, said):
+    set_place(monkeypatch, {"RANK": rank, "WORLD_SIZE": "2"})
+    assert re.fullmatch(said, cli.with_rank(message))
+
+
 @needs_proc
 def test_workers_end_when_torchrun_is_killed(data, tmp_path):
     out, log = tmp_path / "run", tmp_path / "output"
@@ -358,10 +476,38 @@ def test_bad_input_is_said_once_and_uses_up_no_restarts(data, tmp_path, wrong, m
     if wrong == "--max-stepss=5":
         assert said.count("╭") == 1  # tyro draws a box around what it says
         assert message in said
-        assert "rank 0 has said above why it ends" in summary
+        assert "has said why it ends" in summary
     else:
         assert len(re.findall(f"^error: .*{re.escape(message)}", said, re.MULTILINE)) == 1
         assert message in summary
+
+
+def test_bad_input_on_one_of_two_machines_ends_both(data, tmp_path):
+    """Rank 0, on the other machine, would wait for minutes. It is told, and says what it was."""
+    log = tmp_path / "output"
+    command = agent_command(free_port(), "2", flags(data, tmp_path / "run"))
+    with agents(command, [*command, "--device=cuda:99"], log=log) as started:
+        for agent in started:
+            assert agent.wait(120) == 1
+    heard = "^error: rank 1 on .* has ended: --device cuda:99 is not available"
+    assert len(re.findall(heard, log.read_text(), re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize(
+    "message, heard",
+    [("error: no GPU", "has ended: no GPU"), ("", "has ended: it cannot read its flags")],
+)
+def test_a_rank_that_ends_before_the_meeting_leaves_word(monkeypatch, message, heard):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    set_place(monkeypatch, place | {"MASTER_PORT": str(store.port)})
+    process_group.leave_word(message)  # of ranks started by hand the store may not be there yet
+    process_group.check_has_not_failed(store, 1)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    process_group.leave_word(message)
+    with pytest.raises(UserError, match=f"rank 1 on .* {heard}"):
+        process_group.check_has_not_failed(store, 1)
+    process_group.check_has_not_failed(store, 0)
 
 
 # -------------------------------------------------------------------------------------- Slurm
@@ -574,11 +720,10 @@ def page_pipeline(folder: Path, tasks: int) -> Path:
         'ParquetReader("hf://datasets/HuggingFaceFW/fineweb-edu/sample/100BT")': (
             f'JsonlReader("{folder}/documents", compression=None)'
         ),
-        '"tokens/fineweb-edu-100BT"': f'"{folder}/tokens"',
+        '"tokens/fineweb-edu-100BT"': f'"{folder}/tokens"',  # the log's, too
         'tokenizer_name_or_path="gpt2"': f'tokenizer_name_or_path="{folder}/tokenizer.json"',
         "max_tokens_per_file=100_000_000": "max_tokens_per_file=500",
         "tasks=200": f"tasks={tasks}",
-        "logs/fineweb-edu-100BT": f"{folder}/logs",
     }
     script = with_replacements(script, changes)
     file = folder / "pipeline.py"

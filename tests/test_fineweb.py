@@ -1110,6 +1110,77 @@ def test_a_download_that_does_not_end_is_ended(hub, run, tmp_path):
     assert run(*flags)[0] == 0
 
 
+# The heads of a README, by which `datasets` finds the files of a dataset and their types.
+READMES = {
+    "private": 'configs: [{config_name: a, data_files: "/etc/passwd"}]',
+    "outside": 'configs: [{config_name: a, data_files: "../../../../../../etc/passwd"}]',
+    "other": 'configs: [{config_name: a, data_files: "hf://datasets/someone/mine@main/a.jsonl"}]',
+    "circular": "configs: &a [*a]",
+    "no-yaml": ": : :",
+    "no-list": "configs: [5]",
+    "code": "configs: !!python/object/apply:os.system [touch /tmp/pygpt2-canary]",
+    "types": "dataset_info: {features: 5}",
+    "numbers": "dataset_info: {splits: [{name: train, num_bytes: x, num_examples: x}]}",
+}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_a_readme_reaches_for_nothing_outside_of_its_repository(hub, run, tmp_path, name):
+    hub.fault = lambda handler, path: False
+    for repository in (name, "mine"):
+        folder = hub.root / "someone" / repository
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "a.jsonl").write_text('{"text": "private words"}\n' * 20)
+    (hub.root / "someone" / name / "README.md").write_text(f"---\n{READMES[name]}\n---\n")
+    code, lines = run("--dataset", f"someone/{name}", "--name", "", "--out", tmp_path / "o")
+    assert code == 2
+    assert f"someone/{name}" in lines[-1]
+    assert not list((tmp_path / "o").glob("*.bin"))
+    assert not Path("/tmp/pygpt2-canary").exists()
+
+
+def test_a_script_in_a_repository_is_not_run(hub, run, tmp_path):
+    hub.fault = lambda handler, path: False
+    folder = hub.root / "someone/script"
+    folder.mkdir()
+    (folder / "script.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    code, lines = run("--dataset", "someone/script", "--name", "", "--out", tmp_path / "o")
+    assert code == 2 and "someone/script" in lines[-1]
+    assert not (tmp_path / "canary").exists()
+
+
+SHARD_FILES = ["a_val_000000.bin", "a_train_000001.bin"]
+DATASET_INFOS = {
+    "a list": [],
+    "no commit": {"sha": None},
+    "a path for a commit": {"sha": "../../x"},
+    "a number for files": {"siblings": 5},
+    "files without a name": {"siblings": [{"rfilename": 5}]},
+    "files without a size": {"siblings": [{"rfilename": name} for name in SHARD_FILES]},
+    "words for sizes": {"siblings": [{"rfilename": name, "size": "x"} for name in SHARD_FILES]},
+}
+
+
+@pytest.mark.parametrize("kind", DATASET_INFOS)
+def test_an_answer_of_another_shape_is_one_line(hub, run, tmp_path, kind):
+    info = DATASET_INFOS[kind]
+    if info:
+        info = {"id": "someone/odd", "sha": "a" * 40, "tags": [], "siblings": []} | info
+
+    def answer(handler, path):
+        if "/api/datasets/someone/odd" not in path:
+            return False
+        handler.reply_json(info)
+        return True
+
+    hub.fault = answer
+    flags = ["--pretokenized", "--dataset", "someone/odd", "--name", ""]
+    code, lines = run(*flags, "--out", tmp_path / "o")
+    assert code == 2 and "someone/odd" in lines[-1]
+    if "commit" in kind:
+        assert "the commit" in lines[-1]
+
+
 # ------------------------------------------------------------------------------ for train_gpt2.py
 
 

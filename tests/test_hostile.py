@@ -7,8 +7,11 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
+import random
 import shutil
 import stat
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -21,18 +24,20 @@ import pytest
 import torch
 from mutate import campaign, limits
 from safetensors.torch import load_file, save_file
-from tools import run_main, save_tiny_model, write_bytes_data
+from tools import Hub, run_main, run_python, save_tiny_model, write_bytes_data
 
 import cli
 import fineweb
 import hellaswag
 import plot
 import run_directory
+import runtime
 import sample
 import sources
 import train_gpt2
 from cli import UserError, exit_code_and_message
-from files import locked
+from files import locked, read_lines
+from hub import without_secrets
 from run_directory import RunDirectory, load_model
 from tokens import get_encoding, open_data, save_tokenizer, verify
 from train_gpt2 import main
@@ -308,6 +313,51 @@ def test_a_linked_wandb_folder_is_refused(run, canary, wandb):
     assert not wandb
 
 
+@pytest.mark.parametrize("kind", ["file", "new", "folder"])
+def test_the_result_of_a_scoring_goes_through_no_link(run, canary, kind):
+    item = {"ctx": "a", "endings": list("abcd"), "label": 1}
+    Path("items.jsonl").write_text(json.dumps(item))
+    plant(Path(), "out.json", getattr(canary, kind))
+    flags = ("--model", "r", "--data", "items.jsonl", "--json", "out.json", "--device", "cpu")
+    assert run_main(hellaswag.main, *flags) == (0 if kind == "new" else 2)
+    assert Path("out.json").is_symlink() != (kind == "new")
+
+
+LOOP = ("--data", "loop"), ("--out", "loop"), ("--out", "loop/r"), ("--out", "loop", "--resume")
+
+
+@pytest.mark.parametrize("flags", LOOP, ids=" ".join)
+def test_a_link_to_itself_is_one_line(data, flags, capfd):
+    Path("loop").symlink_to("loop")
+    assert train("--data", data, *TINY, "--out", "r", *flags) == 2
+    assert "loop" in last_error(capfd)
+
+
+def test_settings_of_wandb_in_a_run_are_refused(run, wandb):
+    """They may name another server, and it would get the user's key."""
+    (run / "wandb").mkdir()
+    (run / "wandb/settings").write_text("[default]\nbase_url = http://evil\n")
+    assert "r/wandb/settings" in refused(track, train_gpt2.RECIPES["first-run"], run)
+    assert not wandb
+
+
+@pytest.mark.parametrize("kind", ["writable", "link"])
+def test_compiled_code_is_taken_from_no_folder_of_somebody_else(monkeypatch, tmp_path, kind):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("LOGNAME", "somebody")
+    folder = tmp_path / "torchinductor_somebody"
+    runtime.refuse_foreign_cache()
+    folder.mkdir()
+    runtime.refuse_foreign_cache()
+    if kind == "writable":
+        folder.chmod(0o777)
+    else:
+        folder.rmdir()
+        folder.symlink_to(tmp_path)
+    assert "torchinductor_somebody: another user" in refused(runtime.refuse_foreign_cache)
+
+
 def test_a_run_inside_a_checkpoint_is_refused(run, data, capfd):
     before = sorted(run.rglob("*"))
     for out in ("r/step_000002", "r/step_000002/deep/er"):
@@ -539,6 +589,96 @@ def test_other_json_is_one_line_before_anything_is_changed(run, name, content, c
 # ------------------------------------------------------------------------------------- exhaustion
 
 
+@contextlib.contextmanager
+def deep(folder: str):
+    """Inside, the folder holds folders nested 1,200 deep, which Python itself cannot remove."""
+    top = os.getcwd()
+    os.makedirs(folder)
+    os.chdir(folder)
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(top)
+    try:
+        yield
+    finally:
+        subprocess.run(["rm", "-rf", folder], check=True)
+
+
+@pytest.mark.parametrize("name", [".x.tmp", "damaged_step_000002"])
+def test_leftovers_without_end_are_one_line(run, name, capfd):
+    (run / "step_000002/model.safetensors").write_bytes(b"")  # it is going to be set aside
+    with deep(f"r/{name}"):
+        assert train("--out", "r", "--resume") == 2
+    assert f"r/{name}: folders are nested too deeply" in last_error(capfd)
+
+
+def test_folders_without_end_are_one_line(data, capfd):
+    with deep("d"):
+        assert prepared("d") == 2
+        assert "d: folders are nested too deeply" in last_error(capfd)
+        assert train("--data", "d", *TINY, "--out", "r") == 2
+        assert "d: folders are nested too deeply" in last_error(capfd)
+        assert run_main(plot.main, "d") == 2
+        assert "d: folders are nested too deeply" in last_error(capfd)
+
+
+def test_a_log_of_millions_of_lines_is_refused(run, capfd):
+    (run / "log.jsonl").write_bytes(b"{}\n" * 3_000_000)
+    assert "r/log.jsonl: more than" in refused(list, read_lines(run / "log.jsonl"))
+    Path("items.jsonl").write_bytes(b"\n" * 3_000_000)
+    assert "items.jsonl: more than" in refused(hellaswag.load_items, Path("items.jsonl"))
+
+
+def test_weights_that_are_not_on_the_disk_are_refused(run):
+    """A few kilobytes in an archive would take gigabytes of memory."""
+    model = save_tiny_model("m", n_embd=1024)
+    with open(model / "model.safetensors", "r+b") as f:
+        header = 8 + int.from_bytes(f.read(8), "little")
+        size = f.seek(0, os.SEEK_END)
+        f.truncate(header)
+        f.truncate(size)
+    assert "m/model.safetensors: a sparse file" in refused(load_model, "m")
+
+
+def test_an_index_of_a_thousand_links_is_refused(run):
+    """Each name is a link to one file, whose header is as large as may be."""
+    model = save_tiny_model("m")
+    (model / "model.safetensors").unlink()
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    write_header(model / "x.safetensors", {f"{i}.attn.bias": entry for i in range(10_000)})
+    names = [f"{i}.safetensors" for i in range(1000)]
+    for name in names:
+        (model / name).symlink_to("x.safetensors")
+    index = {"weight_map": dict(zip(names, names, strict=True))}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "more names of tensors" in refused(load_model, "m")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num-samples", 2**62),
+        ("--num-samples", 10**30),
+        ("--max-new-tokens", 10**30),
+        ("--seed", 2**64),
+        ("--seed", -(10**30)),
+        ("--device", "cpu:99999999999"),
+        ("--device", "cpu:\u0663"),
+        ("--temperature", "nan"),
+    ],
+)
+def test_numbers_beyond_sense_are_refused(run, flags, capfd):
+    assert run_main(sample.main, "--model", "r", *flags) == 2
+    assert str(flags[0]).strip("-") in last_error(capfd).replace("_", "-")
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-9])
+def test_a_temperature_that_overflows_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sample.next_token(logits, temperature).item() == 1
+
+
 def write_header(file: Path, entries: dict, size: int = 0) -> None:
     """A safetensors file with this header, and `size` bytes of zeros that take no room."""
     header = json.dumps(entries).encode()
@@ -738,6 +878,41 @@ def test_an_input_that_is_no_file_or_a_huge_one(name, kind, capfd):
     assert name in last_error(capfd)
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+@pytest.mark.parametrize("kind", ["text", "dictionary"])
+def test_a_damaged_table_is_read_or_refused_by_name(name, kind):
+    """Some damage made pyarrow end the process, and some was an error that names no file."""
+    text = pyarrow.array([f"hello world {i}" for i in range(50)] + [None])
+    write_table(name, pyarrow.table({"text": text if kind == "text" else text.dictionary_encode()}))
+    good = Path(name).read_bytes()
+    rng = random.Random(4)
+    config = fineweb.PrepareConfig(input=(name,), tokenizer="bytes")
+    found = set()
+    for _ in range(250):
+        content = bytearray(good)
+        for _ in range(rng.choice([1, 2, 8])):
+            content[rng.randrange(len(content))] = rng.choice([0, 1, 4, 127, 128, 255])
+        Path(name).write_bytes(content)
+        try:
+            with limits():
+                found.add(len(list(sources.file_source(config, [name])(None))))
+        except UserError as error:
+            found.add("refused")
+            assert name in str(error)
+    assert {"refused", 51} <= found
+
+
+def test_a_footer_that_pyarrow_would_end_the_process_for_is_refused(capfd):
+    """Here a column is said to lack no value, and yet has counts of those that it lacks."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), "a.parquet")
+    content = Path("a.parquet").read_bytes()
+    optional, required = b"\x25\x02\x18\x04text", b"\x25\x00\x18\x04text"
+    assert content.count(optional) == 1
+    Path("a.parquet").write_bytes(content.replace(optional, required))
+    assert prepared("a.parquet") == 2
+    assert "a.parquet: " in last_error(capfd)
+
+
 @pytest.mark.parametrize("offset", [2**31 - 1, -100, 5000])
 def test_an_arrow_file_shows_no_memory_beside_its_texts(offset, capfd):
     """Offsets of texts are taken as they are by pyarrow, which then reads anywhere, or crashes."""
@@ -768,19 +943,16 @@ def test_a_column_of_something_else_is_refused_unread(name, column, capfd):
     assert f"{name}, --text-column text: holds" in last_error(capfd)
 
 
-def test_folders_without_end_are_one_line(capfd):
-    top = os.getcwd()
-    for _ in range(1200):
-        os.mkdir("d")
-        os.chdir("d")
-    os.chdir(top)
-    assert prepared("d") == 2
-    assert "nested too deeply" in last_error(capfd)
-    for _ in range(1200):  # shutil cannot
-        os.chdir("d")
-    for _ in range(1200):
-        os.chdir("..")
-        os.rmdir("d")
+def test_names_of_columns_are_not_repeated_without_end(capfd):
+    Path("a.csv").write_text("a" * 10_000_000 + ",b\nx,y\n")
+    assert prepared("a.csv") == 2
+    assert len(last_error(capfd)) < 1000
+
+
+def test_a_separator_of_any_bytes(capfd):
+    Path("a.txt").write_bytes(b"one\xfftwo\xffthree")
+    assert prepared("a.txt", "--split-on", os.fsdecode(b"\xff")) == 0
+    assert verify(Path("o")) == len("onetwothree") + 3
 
 
 @pytest.mark.parametrize("kind", ["file", "new", "folder"])
@@ -814,6 +986,17 @@ def test_names_on_the_hub_lead_nowhere_else():
     assert "no *_val_*.bin" in refused(fineweb.wanted_shards, fineweb.PrepareConfig(), "x/y", info)
 
 
+@pytest.mark.parametrize(
+    "url", ["/etc/passwd", "file:///etc/passwd", "http://x.io/a", "hf://datasets/x/z@main/a.json"]
+)
+def test_a_dataset_has_no_files_elsewhere(url):
+    """Newer versions of `datasets` refuse some of them, too."""
+    config = fineweb.PrepareConfig(dataset="x/y")
+    own = "hf://datasets/x/y@main/a.json"
+    sources.refuse_files_elsewhere(config, [own])
+    assert "files of its own" in refused(sources.refuse_files_elsewhere, config, [own, url])
+
+
 # ------------------------------------------------------------------------- names and the terminal
 
 EVIL = "$\\write18{touch x}$ \x1b]0;title\x07 '; touch y; '\u202eevil"
@@ -821,6 +1004,8 @@ EVIL = "$\\write18{touch x}$ \x1b]0;title\x07 '; touch y; '\u202eevil"
 
 class Terminal:
     """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
 
     def __init__(self):
         self.text = ""
@@ -871,7 +1056,81 @@ def test_names_in_files_reach_a_terminal_escaped(run, monkeypatch):
     assert "\x07" not in cli.printable(message, terminal)
 
 
+@pytest.mark.parametrize("script", [train_gpt2, sample, plot, hellaswag, fineweb])
+def test_a_usage_error_repeats_nothing_that_a_terminal_obeys(script, monkeypatch):
+    terminal = Terminal()
+    terminal.reconfigure = lambda **settings: None
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run_main(script.main, f"--{EVIL}", "x") == 2
+    assert "title" in terminal.text
+    assert not set("\a\u202e") & set(terminal.text) and "\x1b]" not in terminal.text
+
+
+def test_help_shows_nothing_of_a_strangers_run_that_a_terminal_obeys(run, monkeypatch):
+    """Its values are the defaults there."""
+    terminal = Terminal()
+    terminal.reconfigure = lambda **settings: None
+    monkeypatch.setattr(sys, "stdout", terminal)
+    edit_json(run / "train.json", gpu=EVIL)
+    assert train("--out", "r", "--resume", "--help") == 0
+    assert "title" in terminal.text
+    assert not set("\a\u202e") & set(terminal.text) and "\x1b]" not in terminal.text
+
+
+def test_bars_and_colors_reach_a_terminal():
+    terminal = Terminal()
+    for text in ("\r 50%|█", "\x1b[1mbold\x1b[0m", "\n\x1b[A"):
+        cli._Escaping(terminal).write(text)
+    assert terminal.text == "\r 50%|█\x1b[1mbold\x1b[0m\n\x1b[A"
+    cli._Escaping(terminal).write("over\rwritten")
+    assert "over\\rwritten" in terminal.text
+
+
+@pytest.mark.parametrize("text", ["\U000e0041", "\u200b", "\ufeff", "\u2028", "\x85", "\u2066"])
+def test_what_nobody_sees_is_shown(text):
+    assert cli.printable(f"a{text}b", Terminal()) == f"a{text.encode('unicode_escape').decode()}b"
+
+
+def test_torchrun_is_told_nothing_that_a_terminal_obeys(data, monkeypatch, tmp_path):
+    report = tmp_path / "job/attempt_0/0/error.json"
+    report.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    assert train("--data", EVIL, *TINY, "--out", "r") == 2
+    message = json.loads(report.read_text())["message"]["message"]
+    assert "title" in message and not set("\x1b\a\u202e") & set(message)
+
+
+def test_a_name_is_no_tex(run, capfd):
+    """matplotlib would start a TeX for this kind of picture, with the run's name in it."""
+    run.rename("$\\write18{touch x}$")
+    assert run_main(plot.main, "$\\write18{touch x}$", "--out", "c.pgf") == 2
+    assert "c.pgf" in last_error(capfd)
+
+
+@pytest.mark.parametrize("path", ["\ud800", "a\0b", EVIL])
+def test_a_path_that_is_none_does_not_stop_a_picture(run, path):
+    edit_json(run / "train.json", data=path)
+    assert run_main(plot.main, "r") == 0
+
+
 # -------------------------------------------------------------------------------- code in data
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_a_type_that_is_a_pickle_is_read_as_what_it_is_stored_as(name, canary, capfd):
+    """Old versions of pyarrow unpickled it."""
+
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {canary.new}",)
+
+    metadata = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": pickle.dumps(Attack()),
+    }
+    field = pyarrow.field("text", pyarrow.string(), metadata=metadata)
+    write_table(name, pyarrow.table([["hello"] * 20], schema=pyarrow.schema([field])))
+    assert prepared(name) == 0
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "train.npy"])
@@ -900,6 +1159,140 @@ def test_sampling_writes_nothing(run, capfd):
     flags = ("--model", "r", "--max-new-tokens", 2, "--num-samples", 1, "--device", "cpu")
     assert run_main(sample.main, *flags) == 0
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
+# --------------------------------------------------------------------------------- the hub's server
+
+# What a server answers when config.json is asked for; {canary} is the path of a private folder.
+ANSWERS = {
+    "etag": {"ETag": '"{canary}/not-there"'},
+    "weak": {"ETag": 'W/"../../../../../../../../../../../..{canary}/not-there"'},
+    "linked": {"X-Linked-ETag": '"{canary}/not-there"'},
+    "commit": {"X-Repo-Commit": "{canary}/not-there"},
+    "missing": {"X-Repo-Commit": "{canary}/not-there", "X-Error-Code": "EntryNotFound"},
+    "file": {"Location": "file://{canary}/id_rsa"},
+    "circle": {"Location": "/x/circle/resolve/main/config.json"},
+    "nowhere": {"Location": "http://[::1"},
+    "packed": {"Content-Encoding": "gzip"},
+    "endless": {"Transfer-Encoding": "chunked"},
+    "sizeless": {"Content-Length": "-5"},
+    "large": {"X-Linked-Size": "10000000000"},
+    "warning": {"X-HF-Warning": "a; \x9d0;title"},
+    "token": {"X-Error-Message": "no access with hf_abcdefghijklmnop"},
+    "busy": {"Retry-After": "1000000000"},
+    "limited": {"RateLimit": '"api";r=0;t=1000000000'},
+}
+STATUS = {"missing": 404, "file": 302, "circle": 302, "nowhere": 302, "token": 400, "busy": 503}
+STATUS["limited"] = 429
+
+ASK = """
+import json, re, resource, sys, time
+waits = []
+time.sleep = waits.append  # the client waits between attempts
+from model import GPT
+from cli import UserError
+allocated = int(re.search(r"VmData:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (allocated + 2**30, -1))
+for name in sys.argv[1:]:
+    try:
+        GPT.from_pretrained(f"x/{name}")
+        found = "loaded"
+    except UserError as error:
+        found = str(error)
+    print(json.dumps([name, found, max(waits, default=0)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict:
+    """What came of each answer, by its name; and what was said meanwhile, as "stderr"."""
+    folder = tmp_path_factory.mktemp("hub")
+    canary = Canary(folder / "canary")
+    content = (save_tiny_model(folder / "root/x/good") / "config.json").read_bytes()
+    for name in ANSWERS:
+        shutil.copytree(folder / "root/x/good", folder / "root/x" / name)
+
+    def answer(handler, path: str) -> bool:
+        name = path.split("/")[2]
+        if name not in ANSWERS or not path.endswith("config.json"):
+            return False
+        headers = {"ETag": '"a"', "X-Repo-Commit": "a" * 40} | ANSWERS[name]
+        headers = {key: value.format(canary=canary.folder) for key, value in headers.items()}
+        body = content
+        if name == "endless" and handler.command == "GET":
+            body = (b"100000\r\n" + b" " * 2**20 + b"\r\n") * 8
+        else:
+            headers = {"Content-Length": str(len(body))} | headers
+            headers.pop("Transfer-Encoding", None)
+        handler.send_response(STATUS.get(name, 200))
+        for item in headers.items():
+            handler.send_header(*item)
+        handler.end_headers()
+        if handler.command == "GET":
+            with contextlib.suppress(OSError):  # the client has gone away
+                handler.wfile.write(body)
+        return True
+
+    with Hub(folder / "root") as hub:
+        hub.fault = answer
+        environment = {
+            "HF_ENDPOINT": hub.url.replace("//", "//user:s3cret@"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(folder / "home"),
+        }
+        done = run_python("-c", ASK, "good", *ANSWERS, env=environment)
+    assert done.returncode == 0, done.stderr
+    canary.check()
+    found = {"stderr": done.stderr}
+    for line in done.stdout.splitlines():
+        name, message, waited = json.loads(line)
+        found[name] = message
+        assert waited <= 310, name
+    return found
+
+
+FOUND = {
+    "etag": "answers with ETag",
+    "weak": "answers with ETag",
+    "linked": "answers with X-Linked-ETag",
+    "commit": "answers with X-Repo-Commit",
+    "missing": "answers with X-Repo-Commit",
+    "file": "x/file: ",  # what it says depends on the client's version
+    "circle": "answers with 20 redirections",
+    "packed": "answers with Content-Encoding",
+    "endless": "more bytes came than were asked for",
+    "large": "more bytes came than were asked for",
+    "warning": "loaded",
+}
+
+
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+def test_a_hostile_server_reaches_nothing(answers, name):
+    """Neither a file outside of the cache, nor more memory than it should, nor our patience."""
+    assert answers["good"] == "loaded"
+    assert "\n" not in answers[name]
+    assert name == "warning" or answers[name] != "loaded"
+    assert FOUND.get(name, "the hub cannot be reached") in answers[name]
+
+
+@pytest.mark.parametrize("secret", ["s3cret", "hf_abcdefghijklmnop", "\x9d"])
+def test_nothing_of_a_servers_is_said_that_should_not_be(answers, secret):
+    assert not any(secret in text for text in answers.values())
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("http://user:p@ss@host/x", "http://host/x"),
+        ("'https://cdn.io/a?X-Amz-Signature=1&b=2'", "'https://cdn.io/a?…'"),
+        ("with hf_abcdefghijklmnopqrst", "with hf_…"),
+        ("with another-token", "with hf_…"),
+        ("hf_hub_download: what is this?", "hf_hub_download: what is this?"),
+    ],
+)
+def test_secrets_are_taken_out_of_a_message(monkeypatch, text, shown):
+    monkeypatch.setenv("HF_TOKEN", "another-token")
+    assert without_secrets(text) == shown
 
 
 # ------------------------------------------------------------------------------------ at random
