@@ -19,6 +19,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -26,8 +27,19 @@ from typing import BinaryIO
 import numpy as np
 import tiktoken
 
+import foreign
 from cli import UserError
-from files import file_sha256, open_file, plain_name, read_bytes, read_json, sync, write_file
+from files import (
+    file_sha256,
+    open_descriptor,
+    open_file,
+    plain_name,
+    read_bytes,
+    read_json,
+    sync,
+    write_file,
+)
+from foreign import SUFFIXES
 
 # ---------------------------------------------------------------------------------------- encodings
 
@@ -246,7 +258,6 @@ def _two_parts(token: bytes, ranks: dict[bytes, int], rank: int) -> list[bytes]:
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
-SUFFIXES = (".bin", ".npy", ".ds")  # of token files: llm.c and ours, build-nanogpt, datatrove
 
 
 def write_shard(file: Path, tokens: np.ndarray) -> dict:
@@ -288,13 +299,17 @@ class Shard:
     @classmethod
     def open(cls, path: Path) -> "Shard":
         """Check the header and size of a .bin, .npy or .ds file without reading its tokens."""
-        with open_file(path) as f:
-            size = os.fstat(f.fileno()).st_size
-            start = b"" if path.suffix == ".ds" else f.read(2**14)  # more than any header
-        if path.suffix == ".npy":
+        suffix = path.suffix
+        descriptor = open_descriptor(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            start = b"" if suffix == ".ds" else os.read(descriptor, 2**14)  # more than any header
+        finally:
+            os.close(descriptor)
+        if suffix == ".npy":
             offset, count = _npy_header(path, start)
-        elif path.suffix == ".ds":
-            offset, count = 0, _ds_count(path, size)
+        elif suffix == ".ds":
+            offset, count = 0, foreign.ds_count(path, size)
         else:
             offset, count = _bin_header(path, start)
         if count < 0 or size != offset + 2 * count:
@@ -340,31 +355,6 @@ def _npy_header(path: Path, start: bytes) -> tuple[int, int]:
             remedy="fetch the file again, or prepare the data with fineweb.py",
         )
     return header_end, int(match[1])
-
-
-def _ds_count(path: Path, size: int) -> int:
-    """Number of the tokens of datatrove's .ds, which has no header.
-
-    The .metadata that datatrove writes beside it says how many bytes a token has, and the number.
-    """
-    # A link could lead to any file, and without a header any file passes for tokens.
-    if path.is_symlink():
-        raise UserError(
-            f"{path}: a symbolic link",
-            expected="the file itself",
-            remedy="copy it here, or name the folder that it is in",
-        )
-    metadata = path.with_name(path.name + ".metadata")
-    if not metadata.exists():
-        return size // 2
-    lines = read_bytes(metadata, limit=2**16).decode(errors="replace").splitlines()
-    if len(lines) < 2 or not lines[0].endswith("|2") or not re.fullmatch("[0-9]{1,15}", lines[1]):
-        raise UserError(
-            f"{metadata}: {[line[:80] for line in lines[:2]]}",
-            expected="<tokenizer>|2, for tokens of 2 bytes, and their number",
-            remedy="tokenise with gpt2, or remove the file if it is not of datatrove",
-        )
-    return int(lines[1])
 
 
 def _most_open_files() -> int:
@@ -506,20 +496,23 @@ def open_data(folder: str | os.PathLike) -> TokenData:
             remedy="run the same fineweb.py command again: it continues where it stopped",
         )
     _open_for_windows.cache_clear()  # a corpus may have been prepared anew in the same place
-    files = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
-    files.sort(key=lambda path: path.name)
+    # A hidden file is what a copy has left, or a file's attributes as macOS copies them.
+    names = [name for name in os.listdir(folder) if name.endswith(SUFFIXES) and name[0] != "."]
+    names.sort()
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
         encoding = manifest["encoding"]
-        shards = _open_listed(folder, manifest, files)
+        shards = _open_listed(folder, manifest, names)
     else:
         encoding = "gpt2"  # what the other projects use
-        _check_datatrove(folder, [file.name for file in files if file.suffix == ".ds"])
-        shards = [Shard.open(file) for file in files]
+        present = set(os.listdir(folder))
+        foreign.check_names(folder, names, present)
+        shards = [Shard.open(folder / name) for name in names]
+        foreign.check_totals(folder, {shard.path.name: shard.count for shard in shards}, present)
     train, val = _split(shards)
     if not train:
         raise UserError(
-            f"{folder}: {len(files)} token shards",
+            f"{folder}: {len(names)} token shards",
             expected="at least one for training and one for validation",
             remedy="prepare them with fineweb.py, or name text files instead of the folder",
         )
@@ -532,11 +525,10 @@ def open_data(folder: str | os.PathLike) -> TokenData:
     )
 
 
-def _open_listed(folder: Path, manifest: dict, files: list[Path]) -> list[Shard]:
+def _open_listed(folder: Path, manifest: dict, present: list[str]) -> list[Shard]:
     """The shards of a manifest in its order; they must be exactly the folder's token files."""
     counts = {entry["name"]: entry["tokens"] for entry in manifest["shards"]}
-    present = {file.name for file in files}
-    for name in sorted(counts.keys() ^ present):
+    for name in sorted(counts.keys() ^ set(present)):
         if name in counts:
             found = "listed in manifest.json but missing"
         else:
@@ -558,6 +550,10 @@ def _open_listed(folder: Path, manifest: dict, files: list[Path]) -> list[Shard]
     return shards
 
 
+# corpus_val_000000.bin, val.npy, validation-00000.bin, val_00000_00000_doc_shuffled.ds
+VALIDATION_FILE = re.compile(r"(^|[_.-])val(id|idation)?([_.-]?\d+)*(_\w*shuffled)?\.\w+$")
+
+
 def _split(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
     """The shards for training and those for validation.
 
@@ -567,7 +563,7 @@ def _split(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
     train = []
     val = []
     for shard in shards:
-        if re.search(r"(^|_)val(_\d+)?\.\w+$", shard.path.name):
+        if VALIDATION_FILE.search(shard.path.name):
             val.append(shard)
         else:
             train.append(shard)
@@ -593,56 +589,11 @@ def _cut(shards: list[Shard], num_tokens: int) -> tuple[list[Shard], list[Shard]
     return before_cut, after_cut
 
 
-def _check_datatrove(folder: Path, names: list[str]) -> None:
-    """Refuse a directory that datatrove has not finished, as far as its names tell.
-
-    A task first writes `00003_unshuffled.ds`, then its index, then its metadata. If documents are
-    shuffled, it next writes the same tokens as `00003_00000_doc_shuffled.ds`, and then removes the
-    unshuffled file if that is not empty. So these signs are looked for:
-
-    1. a file has no index or no metadata while other files have them;
-    2. a file that is not empty is called unshuffled while others are called shuffled;
-    3. a task's number is missing between others.
-
-    A task missing after the last number leaves no sign here; datatrove's own log folder counts the
-    tasks that are complete.
-    """
-    remedy = "run the datatrove pipeline again: it does what is missing"
-    present = {path.name for path in folder.iterdir()}
-    for suffix in (".index", ".metadata"):
-        without = [name for name in names if name + suffix not in present]
-        if without and len(without) < len(names):
-            raise UserError(
-                f"{folder / without[0]}: has no {suffix}, other files have one",
-                expected="the whole output of datatrove",
-                remedy=remedy,
-            )
-    if any(name.endswith(("doc_shuffled.ds", "chunk_shuffled.ds")) for name in names):
-        for name in names:
-            if name.endswith("unshuffled.ds") and (folder / name).stat().st_size > 0:
-                raise UserError(
-                    f"{folder / name}: a task of datatrove stopped before it had shuffled",
-                    expected="shuffled files only",
-                    remedy=remedy,
-                )
-    tasks = set()
-    for name in names:
-        match = re.search(r"(?:^|_)(\d{5})_(?:\d{5}_)?(?:un|doc_|chunk_)shuffled\.ds$", name)
-        if match:
-            tasks.add(int(match[1]))
-    for task in range(max(tasks, default=0)):
-        if task not in tasks:
-            raise UserError(
-                f"{folder}: no file of datatrove's task {task:05d}",
-                expected=f"one of each task up to {max(tasks):05d}",
-                remedy=remedy,
-            )
-
-
 # What the fingerprint reads: 64 MB of a corpus, spread evenly. It is two blocks of each shard at
 # least, up to 2,048 shards. Of more shards it reads every second, or every third, and so on.
 SAMPLE_BYTES = 2**14
 SAMPLES = 2**12
+LEAST_COPY = 1024  # tokens from which on two equal files are no chance
 
 
 def _fingerprint(folder: Path, shards: list[Shard]) -> str:
@@ -650,24 +601,43 @@ def _fingerprint(folder: Path, shards: list[Shard]) -> str:
 
     A corpus of less than 64 MB is hashed whole. In a larger one most blocks are not read, and a
     change in these is not seen. `verify` reads everything.
+    Without a manifest two files of the same content are refused: one of them is a copy.
     """
     digest = hashlib.sha256()
-    if (folder / "manifest.json").exists():
+    is_ours = (folder / "manifest.json").exists()
+    if is_ours:
         digest.update((folder / "manifest.json").read_bytes())
     else:
         names_and_counts = [(shard.path.name, shard.count) for shard in shards]
         digest.update(json.dumps(names_and_counts).encode())
+    seen = {}
+    for shard, sample in _samples(shards):
+        digest.update(sample)
+        content = (shard.count, hashlib.sha256(sample).digest())
+        twin = seen.setdefault(content, shard)
+        if twin is not shard and shard.count >= LEAST_COPY and not is_ours:
+            raise UserError(
+                f"{shard.path}: the same tokens as in {twin.path.name}",
+                expected="each file once",
+                remedy="remove one of the two",
+            )
+    return digest.hexdigest()
+
+
+def _samples(shards: list[Shard]) -> Iterator[tuple[Shard, bytes]]:
+    """What the fingerprint reads of which shards."""
     blocks_per_shard = max(2, SAMPLES // len(shards))
     for shard in shards[:: math.ceil(2 * len(shards) / SAMPLES)]:
         size = shard.offset + 2 * shard.count
         with open_file(shard.path) as f:
             if size <= blocks_per_shard * SAMPLE_BYTES:
-                digest.update(f.read())
+                yield shard, f.read()
                 continue
+            blocks = []
             for i in range(blocks_per_shard):
                 f.seek((size - SAMPLE_BYTES) * i // (blocks_per_shard - 1))
-                digest.update(f.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+                blocks.append(f.read(SAMPLE_BYTES))
+            yield shard, b"".join(blocks)
 
 
 # ----------------------------------------------------------------------------------------- manifest

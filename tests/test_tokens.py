@@ -441,7 +441,7 @@ def test_odd_ds_is_refused(tmp_path):
         open_data(tmp_path)
 
 
-def run_datatrove(folder, num_files, tasks, shuffle):
+def run_datatrove(folder, num_files, tasks, shuffle, log="log"):
     """datatrove's DocumentTokenizer on small documents; its output folder, and the documents."""
     pytest.importorskip("datatrove")
     pytest.importorskip("tokenizers")
@@ -476,7 +476,7 @@ def run_datatrove(folder, num_files, tasks, shuffle):
         pipeline,
         tasks=tasks,
         workers=1,
-        logging_dir=str(folder / "log"),
+        logging_dir=str(folder / log),
         skip_completed=False,
     ).run()
     return folder / "out", documents
@@ -543,28 +543,191 @@ def test_the_last_tenth_may_span_files_and_has_a_greatest_length(tmp_path, monke
     assert len(data.train) == 37
 
 
+MERGED = [f"{number:03d}_fw.ds" for number in range(3)]
+PARTS = [f"00000_{part:05d}_doc_shuffled.ds" for part in range(3)]
+
+# The files of a directory, one that is removed, further ones without a token, what is named.
 UNFINISHED = {
-    "left unshuffled": ([*SHUFFLED[:3], "00003_unshuffled.ds"], None, "00003_unshuffled.ds"),
-    "task missing": ([SHUFFLED[0], *SHUFFLED[2:]], None, "task 00001"),
-    "first task missing": (SHUFFLED[1:], None, "task 00000"),
-    "no index": (SHUFFLED, f"{SHUFFLED[2]}.index", SHUFFLED[2]),
-    "no metadata": (SHUFFLED, f"{SHUFFLED[3]}.metadata", SHUFFLED[3]),
+    "left unshuffled": ([*SHUFFLED[:3], "00003_unshuffled.ds"], "", [], "00003_unshuffled.ds"),
+    "chunks not shuffled": (
+        ["00000_00000_chunk_shuffled.ds", "00001_00000_doc_shuffled.ds"],
+        "",
+        [],
+        "00001_00000_doc_shuffled.ds",
+    ),
+    "task missing": ([SHUFFLED[0], *SHUFFLED[2:]], "", [], "task 00001"),
+    "first task missing": (SHUFFLED[1:], "", [], "task 00000"),
+    "task missing after 99999": (["100000_unshuffled.ds"], "", [], "task 00000"),
+    "task of one of two pipelines missing": (
+        [*SHUFFLED, "fw_00000_unshuffled.ds", "fw_00002_unshuffled.ds"],
+        "",
+        [],
+        "task 00001",
+    ),
+    "part missing": ([PARTS[0], PARTS[2]], "", [], "part 00001"),
+    "no index": (SHUFFLED, f"{SHUFFLED[2]}.index", [], SHUFFLED[2]),
+    "no metadata": (SHUFFLED, f"{SHUFFLED[3]}.metadata", [], SHUFFLED[3]),
+    "metadata alone": (SHUFFLED, SHUFFLED[3], [], SHUFFLED[3]),
     "own name, no metadata": (
         ["fw_00000_unshuffled.ds", "fw_00001_unshuffled.ds"],
         "fw_00001_unshuffled.ds.metadata",
+        [],
         "fw_00001_unshuffled.ds",
     ),
+    "merged one missing": ([MERGED[0], MERGED[2]], "", [], MERGED[1]),
+    "merged beside tasks": ([*SHUFFLED, *MERGED], "", [], "the same tokens twice"),
+    "rsync under way": (SHUFFLED, "", [".00004_00000_doc_shuffled.ds.Xy1Z2a"], "00004_00000"),
+    "browser under way": (SHUFFLED, "", ["00004_00000_doc_shuffled.ds.part"], "00004_00000"),
+    "compressed": (SHUFFLED, "", ["00004_00000_doc_shuffled.ds.gz"], "00004_00000"),
+    "in capitals": (SHUFFLED, "", ["00004_00000_doc_shuffled.DS"], "00004_00000"),
+    "two formats": (SHUFFLED, "", ["fineweb_train_000001.bin"], "several formats"),
 }
 
 
 @pytest.mark.parametrize("name", UNFINISHED)
 def test_unfinished_datatrove_output_is_refused_by_name(tmp_path, name):
-    names, removed, named = UNFINISHED[name]
+    names, removed, further, named = UNFINISHED[name]
     folder = datatrove_folder(tmp_path / "d", names)
     if removed:
         (folder / removed).unlink()
+    for file in further:
+        (folder / file).touch()
     with pytest.raises(UserError, match=f"{folder}.*{named}"):
         open_data(folder)
+
+
+@pytest.mark.parametrize(
+    "names, further",
+    [
+        ([*SHUFFLED, "fw_00000_unshuffled.ds"], []),  # two pipelines, of which one does not shuffle
+        ([f"{task:05d}_unshuffled.ds" for task in (0, 1)], []),
+        ([*PARTS, "00001_00000_doc_shuffled.ds"], []),
+        (MERGED, []),
+        # What file systems, macOS and datatrove's --save-loss-metadata leave beside the tokens.
+        (
+            SHUFFLED,
+            [".nfs000000000451a3e2", f"._{SHUFFLED[0]}", f"{SHUFFLED[0]}.loss", ".DS_Store"],
+        ),
+    ],
+)
+def test_finished_datatrove_output_is_taken(tmp_path, names, further):
+    folder = datatrove_folder(tmp_path / "d", names)
+    for file in further:
+        (folder / file).write_bytes(bytes(4096))
+    assert len(whole(open_data(folder))) == 40 * len(names)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(80)])
+def test_a_task_that_stopped_before_all_others_is_refused(tmp_path, content):
+    """It has written neither index nor metadata, and nothing else is there to compare it with."""
+    (tmp_path / "00000_unshuffled.ds").write_bytes(content)
+    with pytest.raises(UserError, match="00000_unshuffled.ds: .* neither .index nor .metadata"):
+        open_data(tmp_path)
+
+
+def test_without_metadata_the_index_tells_the_length(tmp_path):
+    folder = datatrove_folder(tmp_path / "d", SHUFFLED, sidecars=(".index",))
+    os.truncate(folder / SHUFFLED[1], 60)
+    with pytest.raises(UserError, match=f"{SHUFFLED[1]}: 60 bytes; expected 80 bytes"):
+        open_data(folder)
+
+
+@pytest.mark.parametrize("tokenizer, is_gpt2", [
+    ("gpt2", True),
+    ("openai-community/gpt2-xl", True),
+    ("/data/tokenizer.json", True),
+    ("Unknown Tokenizer|2", True),
+    ("mistralai/Mistral-7B-v0.1", False),
+    ("EleutherAI/gpt-neox-20b", False),
+])  # fmt: skip
+def test_datatrove_tokens_of_another_tokenizer_are_refused(tmp_path, tokenizer, is_gpt2):
+    folder = datatrove_folder(tmp_path / "d", SHUFFLED)
+    (folder / f"{SHUFFLED[2]}.metadata").write_text(f"{tokenizer}|2\n40\n40 T")
+    if is_gpt2:
+        assert len(whole(open_data(folder))) == 160
+        return
+    with pytest.raises(UserError, match=f"{SHUFFLED[2]}.metadata: the tokenizer '{tokenizer}'"):
+        open_data(folder)
+
+
+def test_merged_files_are_compared_with_their_total(tmp_path):
+    folder = datatrove_folder(tmp_path / "d", MERGED)
+    (folder / "fw.ds.metadata").write_text("gpt2|2\n120\n120 T")
+    assert len(whole(open_data(folder))) == 120
+    for name in (MERGED[2], f"{MERGED[2]}.index", f"{MERGED[2]}.metadata"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="fw.ds.metadata: 80 tokens .*; expected 120"):
+        open_data(folder)
+
+
+def test_the_log_of_datatrove_in_the_same_folder_counts_the_tasks(tmp_path):
+    """A pipeline of four tasks, of which the last one has not finished."""
+    folder, _ = run_datatrove(tmp_path, num_files=4, tasks=4, shuffle=True, log="out")
+    assert len(open_data(folder).train.shards) == 4
+    (folder / "completions" / "00003").unlink()
+    for file in folder.glob("00003_*"):
+        file.unlink()
+    with pytest.raises(UserError, match="completions: 3 complete tasks .*; expected 4"):
+        open_data(folder)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".npy", ".ds"])
+def test_a_copy_of_a_foreign_shard_is_refused(tmp_path, suffix):
+    """As a browser names it that fetches a file again: the same tokens twice."""
+    for number in range(2):
+        content = np.arange(number, 2000 + number, dtype="<u2")
+        if suffix == ".npy":
+            np.save(tmp_path / f"fw_train_{number}.npy", content)
+        elif suffix == ".bin":
+            write_shard(tmp_path / f"fw_train_{number}.bin", content)
+        else:
+            content.tofile(tmp_path / f"fw_train_{number}.ds")
+    open_data(tmp_path)
+    shutil.copy(tmp_path / f"fw_train_1{suffix}", tmp_path / f"fw_train_1 (1){suffix}")
+    with pytest.raises(UserError, match=f"the same tokens as in fw_train_1.*{suffix}"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, gap",
+    [
+        (["fw_val_000000", "fw_train_000001", "fw_train_000003"], 2),
+        (["fw_val_000000", "fw_train_000002"], 1),
+        (["part-0", "part-1", "part-10"], 2),
+        (["fw_val_000000", "fw_train_000000", "fw_train_000001"], None),
+        (["fw_train_000500", "fw_train_000502"], None),
+        (["CC-2024-10", "CC-2024-18"], None),
+        (["a_val", "a_train"], None),
+    ],
+)
+def test_a_gap_in_the_numbers_of_foreign_shards_is_refused(tmp_path, names, gap):
+    for i, name in enumerate(names):
+        write_shard(tmp_path / f"{name}.bin", np.full(40, i, dtype=np.uint16))
+    if gap is None:
+        open_data(tmp_path)
+        return
+    with pytest.raises(UserError, match=f"{names[-1]}.bin: number {gap} before it is missing"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fw_val_000000.bin",
+        "validation-00000.bin",
+        "valid.bin",
+        "fw.val.bin",
+        "val_00000_00000_doc_shuffled.ds",
+    ],
+)
+def test_the_validation_split_is_known_by_its_name(tmp_path, name):
+    for i, file in enumerate((name, f"train.{name[-3:].lstrip('.')}")):
+        content = np.full(40, i, dtype=np.uint16)
+        if name.endswith(".ds"):
+            content.tofile(tmp_path / file)
+        else:
+            write_shard(tmp_path / file, content)
+    assert open_data(tmp_path).val.read(0, 40).tolist() == [0] * 40
 
 
 def test_a_link_in_place_of_a_headerless_file_is_refused(tmp_path):
