@@ -231,6 +231,12 @@ def optimizer_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
+def blank_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What `optimizer_tensors` will return after an update, all zero."""
+    places = _state_by_name(model, optimizer)
+    return {name: torch.zeros_like(parameter) for name, (_, _, parameter) in places.items()}
+
+
 def load_optimizer_tensors(
     model: GPT, optimizer: Optimizer, tensors: dict[str, Tensor], step: int
 ) -> None:
@@ -238,6 +244,8 @@ def load_optimizer_tensors(
 
     Raises UserError when the tensors are another optimizer's or another model's.
     """
+    if step == 0 and not tensors:  # before the first update there is no state
+        return
     places = _state_by_name(model, optimizer)
     for name in sorted(places.keys() | tensors.keys()):
         wanted = tuple(places[name][2].shape) if name in places else "nothing"

@@ -37,13 +37,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli import Stopped, UserError
+from cli import Stopped, UserError, say
 from files import (
     file_sha256,
     locked,
     plain_name,
     read_json,
     read_lines,
+    remove,
     remove_leftovers,
     set_mode,
     sync,
@@ -153,15 +154,16 @@ class RunDirectory:
         cut_log(self.folder, step_number(checkpoint), self.say)
         return checkpoint
 
-    def continue_from(self, checkpoint: Path) -> dict:
-        """Take over step and time from a checkpoint, on every rank; returns its state.json."""
-        state = read_state(checkpoint)
+    def continue_from(self, state: dict, logged: set[tuple[str, int]]) -> None:
+        """Take over step and time of a checkpoint's state.json, and what `events_of` that step."""
         self.step = self.last_saved = state["step"]
         self.elapsed = state["elapsed"]
-        for _, entry in read_log(self.folder):
-            if entry and entry["step"] == self.step:
-                self.logged.add((entry["event"], entry["step"]))
-        return state
+        self.logged = logged
+
+    def events_of(self, step: int) -> set[tuple[str, int]]:
+        """What the log says was done at a step, as (event, step)."""
+        entries = (entry for _, entry in read_log(self.folder) if entry)
+        return {(entry["event"], step) for entry in entries if entry["step"] == step}
 
     def has_logged(self, event: str, step: int) -> bool:
         """Whether a resumed run did this already, before it was stopped."""
@@ -246,9 +248,11 @@ class RunDirectory:
     # ---------------------------------------------------------------------------------- best
 
     def lowest_validation_loss(self) -> float:
-        """The lowest validation loss of a step that was kept as the best; infinite at first."""
-        best = read_best(self.folder)
-        return best["val_loss"] if best else math.inf
+        """The lowest validation loss of a step that was kept as the best; infinite without one."""
+        best = best_step(self.folder)
+        if best is None or not best.is_dir():  # it was damaged and set aside
+            return math.inf
+        return read_best(self.folder)["val_loss"]
 
     def mark_best(self, step: int, val_loss: float) -> None:
         """Name this step, which is saved, the best one so far: pruning spares it."""
@@ -502,7 +506,7 @@ def best_step(run: Path) -> Path | None:
 
 def refuse_inside_checkpoint(folder: Path) -> None:
     """A run inside a checkpoint would be deleted with it, or would change what it holds."""
-    place = folder.resolve()
+    place = Path(os.path.realpath(folder))  # Path.resolve fails where links form a circle
     for parent in (place, *place.parents):
         if (parent / "manifest.json").exists() and (parent / "state.json").exists():
             raise UserError(
@@ -636,13 +640,18 @@ def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; never the best one.
 
     It is called right after a checkpoint was committed, and damaged ones are set aside when a run
-    is resumed, so at least one valid checkpoint always stays.
+    is resumed, so at least one valid checkpoint always stays. One that cannot be removed, as on NFS
+    while somebody reads it, is a warning; the next call tries again.
     """
     best = best_step(run)
     for folder in step_directories(run)[:-keep]:
-        if folder != best:
+        if folder == best:
+            continue
+        try:
             (folder / "manifest.json").unlink(missing_ok=True)  # half-removed, it is never valid
             remove(folder)
+        except OSError as error:
+            say(f"warning: {error.filename}: not removed ({error.strerror}); training goes on")
 
 
 def remove_if_unused(folder: Path) -> None:
@@ -658,17 +667,6 @@ def set_aside(folder: Path) -> None:
     target = folder.with_name(f"damaged_{folder.name}")
     remove(target)
     folder.rename(target)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a directory or a link (never what the link points to), if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        try:
-            shutil.rmtree(path)
-        except OSError as error:  # it names files without their folder
-            raise OSError(error.errno, error.strerror, str(path)) from None
-    elif os.path.lexists(path):
-        path.unlink()
 
 
 # ----------------------------------------------------------------------------------- log, begin

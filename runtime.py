@@ -9,6 +9,7 @@ import ctypes
 import itertools
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ class Runtime:
         """The module compiled for training at context T; the module itself stays as it is."""
         # The cache of compiled code on disk does not know which attention kernels were asked for
         # (pytorch #185449): without this a process would run what another one compiled for others.
+        refuse_foreign_cache()
         kernels = [kernel.name for kernel in self.attention_kernels(T)]
         torch.compiler.config.cache_key_tag = " ".join(kernels)
         # DDP's averaging of gradients breaks the graph.
@@ -125,6 +127,28 @@ class Runtime:
             raise FailedElsewhere(reason if aloud else "", is_final)
         return result
 
+    def on_all(self, work: Callable[[], Any]) -> Any:
+        """Do some work on every rank. Where it fails, all end: one with the error, as on_main."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        finals = self.gather(cli.is_final(error) if error else None)
+        failed = [rank for rank, is_final in enumerate(finals) if is_final is not None]
+        if not failed:
+            return result
+        if self.rank == failed[0]:
+            raise error
+        raise FailedElsewhere(is_final=finals[failed[0]])
+
+    def send_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make tensors of equal shapes on all ranks those of rank 0."""
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
     def raise_on_all(self, error: Exception) -> NoReturn:
         """End all ranks, which have found the same error: rank 0 with it, the others silently."""
         raise error if self.is_main else FailedElsewhere(is_final=cli.is_final(error))
@@ -143,6 +167,7 @@ class Runtime:
                 self.store.set(key, "done")
             pause = 0.01
             while not self.store.check([key]):
+                process_group.check_main_has_not_left(self.store)
                 time.sleep(pause)
                 pause = min(2 * pause, 0.5)
 
@@ -150,6 +175,28 @@ class Runtime:
         """Wait until the device has done what was asked of it, so that a clock can be read."""
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
+
+
+def refuse_foreign_cache() -> None:
+    """Raise UserError where somebody else may write into the folder of torch's compiled code.
+
+    torch runs what it finds there. By default the folder is /tmp/torchinductor_<name of the user>,
+    which anyone may have made before.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ or not hasattr(os, "getuid"):
+        return
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = Path(default_cache_dir())
+    if not os.path.lexists(folder):
+        return
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
+        raise UserError(
+            f"{folder}: another user may write there, and torch.compile runs what is in it",
+            expected="a folder of your own",
+            remedy="remove it, set TORCHINDUCTOR_CACHE_DIR to another, or use --no-compile",
+        )
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
@@ -170,8 +217,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Join the process group if torchrun has started us; settle device and precision."""
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = process_group.place_in_environment()
     chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = cuda_device_of_rank(chosen)
@@ -210,7 +256,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = available[0]
     kind, colon, number = name.partition(":")
-    if kind not in available or (colon and not number.isdecimal()):
+    if kind not in available or (colon and not re.fullmatch("[0-9]{1,2}", number)):
         raise UserError(
             f"--device {name} is not available",
             expected=f"one of {', '.join(available)}",

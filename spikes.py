@@ -13,14 +13,16 @@ class SpikeGuard:
 
     `z` is how far the last loss lay above the mean of the WINDOW losses before it, in their
     standard deviations. Above LIMIT it is a spike. While the loss falls, as it does steeply at
-    first, the losses before it are higher, and z is low. Until there are WINDOW of them z is 0.
+    first, the losses before it are higher, and z is low. At first fewer will do, and until there
+    are LEAST of them z is 0.
 
     A spike counts among the losses before the next one. So after a rise that lasts, only the first
     four steps are spikes: then it is the new level, and training goes on from there.
     """
 
     WINDOW = 128
-    LIMIT = 6.0  # the first run's 3,600 steps stay below 4
+    LEAST = 32
+    LIMIT = 6.0  # the first run's 3,600 steps stay below 5
 
     def __init__(self, skips: bool):
         self.skips = skips  # whether the update of a spike is left out
@@ -43,7 +45,7 @@ class SpikeGuard:
 
     def _z_of(self, loss: float) -> float:
         count = len(self.losses)
-        if count < self.WINDOW:
+        if count < self.LEAST:
             return 0.0
         # fsum rounds once, so that the ranks' machines cannot differ in the last bit.
         mean = math.fsum(self.losses) / count

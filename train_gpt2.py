@@ -26,9 +26,7 @@ import dataclasses
 import datetime
 import functools
 import gc
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -64,11 +62,12 @@ from cli import (
     parse_flags,
     run_script,
 )
-from files import plain_name, read_bytes, read_json, write_file
+from files import plain_name, read_bytes, read_json, same_folder, write_file
 from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
 from gradients import check_tree, sum_in_fixed_order
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
 from optimizer import (
+    blank_tensors,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
@@ -190,9 +189,14 @@ class TrainConfig:
         for name in ("dropout", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         self._require("seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
+        for field in dataclasses.fields(self):  # train.json holds no larger ones
+            if type(field.default) is int:
+                self._require(field.name, getattr(self, field.name) < 2**63, "below 2^63")
         self._require("max_steps", self.max_steps <= 10**9, "at most 10^9")
         self._require("total_batch_tokens", self.total_batch_tokens <= 2**28, "at most 2^28")
         self._require("recipe", plain_name(self.recipe), "a name")  # of a folder below runs/
+        # safetensors would write a checkpoint to any other path, but could not read it again.
+        self._require("out", not re.search("[\0\ud800-\udfff]", self.out), "a path in UTF-8")
         for field in dataclasses.fields(self):
             choices = typing.get_args(field.type)
             if choices:
@@ -728,7 +732,7 @@ def report_spike(step: int, loss: float, training: Training) -> None:
         outcome = "its update was left out"
     training.rt.say(
         f"warning: step {step}: loss {loss:.4f} is a spike, {guard.z:.1f} standard deviations "
-        f"above the mean of the {guard.WINDOW} before it; {outcome}"
+        f"above the mean of those before it; {outcome}"
     )
 
 
@@ -894,6 +898,9 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     config, why = config_of_command_line(with_resume_after_restart(args))
     rt = start(config.device, config.dtype)
+    flags = {flag(name): value for name, value in asdict(replace(config, out="")).items()}
+    versions = {"the code": run_directory.hash_of_code(), "torch": torch.__version__}
+    check_agreement(flags | versions, "the same flags, train.json and code on every rank", rt)
     if config.eval_only:
         evaluate_only(config, rt)
         return
@@ -908,17 +915,17 @@ def main(args: list[str] | None = None) -> None:
     with open_run_directory(config, rt) as run:
         data = prepare_data(config, rt)
         config = replace(config, tokenizer=data.encoding)  # shards say what they hold
-        check_agreement(config, data, rt)
+        contents = {"the contents of --data": data.fingerprint}
+        check_agreement(contents, "the same shards on every rank", rt)
         checkpoint = None
         if config.resume:
-            checkpoint = rt.on_main(run.newest_checkpoint)  # verified by rank 0, for all
+            check_newest_is_on_main(run, rt)
+            checkpoint = rt.on_main(run.newest_checkpoint)
         model = build_model(config, data, rt, checkpoint)
         optimizer = make_optimizer(model, config)
         guard = SpikeGuard(config.skip_spikes)
         if checkpoint:
-            load_checkpoint(checkpoint, model, optimizer, guard, run, data)
-            # As rank 0 reads the log: a network file system may show another machine an older one.
-            run.logged = rt.broadcast(run.logged)
+            load_checkpoint(checkpoint, model, optimizer, guard, run, data, rt)
         else:
             # Without what only says where these values come from and where they go to.
             saved = replace(config, resume=False, out="", config="")
@@ -1035,7 +1042,7 @@ def what_next(training: Training) -> list[str]:
         return [f"The log and the curves are in {folder}/. No checkpoint: --save-every is 0."]
     lines = [f"Saved in {folder}/: checkpoints, log.jsonl, curves.png. Next:"]
     lines.append(f"  python sample.py --model {folder} --num-samples 3")
-    if config.recipe == "first-run" and same_path(config.data, FIRST_RUN_FOLDER):
+    if config.recipe == "first-run" and same_folder(config.data, FIRST_RUN_FOLDER):
         lines.append(f"  python train_gpt2.py --init-from {folder} --data input.txt")
     if training.encoding.name != "bytes":  # such a model knows too few words to be asked
         lines.append(f"  python hellaswag.py --model {folder}")
@@ -1129,7 +1136,8 @@ def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
     """Open --data. Where it is text it is tokenised first, by rank 0 for all."""
     if not config.data:
         raise missing_data()
-    data = open_data(rt.on_main(functools.partial(prepared_folder, config, rt)))
+    folder = rt.on_main(functools.partial(prepared_folder, config, rt))
+    data = rt.on_all(functools.partial(open_data, folder))
     if data.train.num_windows(config.seq_len) == 0:
         raise UserError(
             f"{config.data}: {len(data.train):,} training tokens",
@@ -1152,9 +1160,9 @@ def prepared_folder(config: TrainConfig, rt: Runtime) -> Path:
     the names and contents of its files. The same text is found there again. Changed text has
     another hash and is tokenised anew, and what was made before stays, for the runs that read it.
     """
-    if same_path(config.data, FIRST_RUN_FOLDER):
+    if same_folder(config.data, FIRST_RUN_FOLDER):
         return fineweb.prepare_first_run(rt.say)
-    if same_path(config.data, FINEWEB_EDU_FOLDER) and not Path(config.data).exists():
+    if same_folder(config.data, FINEWEB_EDU_FOLDER) and not Path(config.data).exists():
         raise UserError(
             f"{config.data}: not there",
             expected="the FineWeb-Edu corpus",
@@ -1177,17 +1185,30 @@ def holds_shards(folder: str) -> bool:
     return "manifest.json" in names or any(name.endswith(SUFFIXES) for name in names)
 
 
-def same_path(one: str, other: str) -> bool:
-    """Whether two spellings name one place: with a slash at the end, relative or absolute."""
-    return Path(one).resolve() == Path(other).resolve()
-
-
 def build_model(config: TrainConfig, data: TokenData, rt: Runtime, checkpoint: Path | None) -> GPT:
-    """The model on its device, in training mode: from a checkpoint, from --init-from, or fresh."""
+    """The model on its device, in training mode: from a checkpoint, from --init-from, or fresh.
+
+    Rank 0 alone reads weights, and sends them to the others. So all begin with the same ones, and
+    another machine need not see a checkpoint.
+    """
     torch.manual_seed(config.seed)
     if not (checkpoint or config.init_from):
         return GPT(model_config(config)).to(rt.device)
-    name = str(checkpoint or config.init_from)
+    model = None
+
+    def read() -> GPTConfig:
+        nonlocal model
+        model = read_model(config, data, rt, str(checkpoint or config.init_from))
+        return model.config
+
+    shape = rt.on_main(read)
+    model = (model or GPT(shape)).to(rt.device).train()
+    rt.send_from_main(model.parameters())
+    return model
+
+
+def read_model(config: TrainConfig, data: TokenData, rt: Runtime, name: str) -> GPT:
+    """The model that `name` stands for. Raises UserError unless it fits flags and data."""
     model, encoding, picked = run_directory.load_model(name, rt.say, config.dropout)
     rt.say(f"weights        {picked}")
     for field in ("n_layer", "n_head", "n_embd"):
@@ -1210,7 +1231,7 @@ def build_model(config: TrainConfig, data: TokenData, rt: Runtime, checkpoint: P
             remedy="lower it",
         )
     model.crop_context(config.seq_len)
-    return model.to(rt.device).train()
+    return model
 
 
 def model_config(config: TrainConfig) -> GPTConfig:
@@ -1232,19 +1253,31 @@ def load_checkpoint(
     guard: SpikeGuard,
     run: RunDirectory,
     data: TokenData,
+    rt: Runtime,
 ) -> None:
-    """Set all else back to a checkpoint whose weights the model has already."""
-    state = run.continue_from(checkpoint)
+    """Set all else back to a checkpoint whose weights the model has already, as rank 0 reads it."""
+    state = rt.on_main(functools.partial(run_directory.read_state, checkpoint))
+    run.continue_from(state, rt.on_main(functools.partial(run.events_of, state["step"])))
     if state["data"] != data.fingerprint:
-        raise UserError(
+        error = UserError(
             f"the data are not those that {checkpoint} was trained on",
             expected="the same shards, wherever they lie",
             remedy="restore them, name their place with --data, or start a new run",
         )
+        rt.raise_on_all(error)
     if "spikes" in state:  # checkpoints of older versions are without
         guard.load(state["spikes"])
-    tensors = run_directory.read_optimizer_tensors(checkpoint)
-    load_optimizer_tensors(model, optimizer, tensors, run.step - guard.left_out)
+    updates = run.step - guard.left_out
+
+    def read() -> bool:
+        tensors = run_directory.read_optimizer_tensors(checkpoint)
+        load_optimizer_tensors(model, optimizer, tensors, updates)
+        return bool(tensors)
+
+    has_state = rt.on_main(read)  # false before the first update
+    if has_state and not rt.is_main:
+        load_optimizer_tensors(model, optimizer, blank_tensors(model, optimizer), updates)
+    rt.send_from_main(state_tensors(model, optimizer).values())
 
 
 def check_batch(config: TrainConfig, world_size: int) -> None:
@@ -1287,16 +1320,38 @@ def check_restarts(config: TrainConfig) -> None:
     )
 
 
-def check_agreement(config: TrainConfig, data: TokenData, rt: Runtime) -> None:
-    """Refuse ranks that were started with different flags, or that see different shards."""
-    values = [asdict(replace(config, out="")), data.fingerprint]
-    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    digests = rt.gather(digest)
-    different = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
+def check_newest_is_on_main(run: RunDirectory, rt: Runtime) -> None:
+    """Refuse a run directory that lies on each machine by itself, where rank 0's is behind.
+
+    Rank 0 decides where a run goes on. It would begin anew, or go back, where it was on another
+    machine before.
+    """
+    folders = run_directory.step_directories(run.folder)
+    newest = rt.gather(folders[-1].name if folders else "")
+    steps = [run_directory.step_number(Path(name)) if name else -1 for name in newest]
+    if max(steps) > steps[0]:
+        ahead = steps.index(max(steps))
+        error = TransientError(  # a network file system may be late, too
+            f"{run.folder}: rank {ahead} sees {newest[ahead]} there, and rank 0 "
+            f"{newest[0] or 'no checkpoint'}",
+            expected="one directory that all machines see, or the newest checkpoint with rank 0",
+            remedy="name a directory of a shared file system with --out, or copy the checkpoint",
+        )
+        rt.raise_on_all(error)
+
+
+def check_agreement(values: dict[str, object], expected: str, rt: Runtime) -> None:
+    """Refuse ranks whose values, by name, are not those of rank 0; say which."""
+    of_ranks = rt.gather(values)
+    different = [rank for rank, other in enumerate(of_ranks) if other != of_ranks[0]]
     if different:
+        other = of_ranks[different[0]]
+        # Another version of the code may have other flags.
+        names = ", ".join(name for name in values if other.get(name) != of_ranks[0].get(name))
         error = UserError(
-            f"the flags or the data of rank {', '.join(different)} differ from rank 0's",
-            expected="the same flags and the same shards on every rank",
+            f"the flags or the data of rank {', '.join(map(str, different))} differ from rank "
+            f"0's: {names}",
+            expected=expected,
             remedy="start all ranks with one command, on the same data",
         )
         rt.raise_on_all(error)
@@ -1323,6 +1378,12 @@ def open_wandb(config: TrainConfig, run: RunDirectory, extras: Extras) -> None:
             expected="the folder that wandb has made in the run directory",
             remedy="remove the link",
         )
+    if os.path.lexists(folder / "wandb" / "settings"):
+        raise UserError(
+            f"{folder / 'wandb' / 'settings'}: is there",
+            expected="no such file in a run: it says which server gets the log and your key",
+            remedy="remove it",
+        )
     name = wandb_id(folder / "wandb_id")
     if_it_fails = "nothing is sent to Weights & Biases"
 
@@ -1333,7 +1394,7 @@ def open_wandb(config: TrainConfig, run: RunDirectory, extras: Extras) -> None:
     with extras.attempt(if_it_fails):
         tracker = wandb.init(
             project="pygpt2",
-            name=folder.name,
+            name=cli.escaped(folder.name),  # which wandb prints
             id=name,
             resume="allow",
             dir=folder,
@@ -1545,7 +1606,7 @@ def choose_recipe(source: argparse.Namespace) -> tuple[str, str]:
     if source.init_from:
         return "finetune", "because --init-from is given"
     data = source.data or FINEWEB_EDU_FOLDER
-    if same_path(data, FINEWEB_EDU_FOLDER) and Path(FINEWEB_EDU_FOLDER).is_dir():
+    if same_folder(data, FINEWEB_EDU_FOLDER) and Path(FINEWEB_EDU_FOLDER).is_dir():
         return "gpt2", f"because {FINEWEB_EDU_FOLDER}/ is here"
     if source.data:
         return "first-run", f"on {source.data}"

@@ -285,7 +285,8 @@ def continue_run(root: Path, warn: Callable) -> str:
             return "none"
         model, encoding, _ = load_model(str(checkpoint), warn)
         optimizer = train_gpt2.make_optimizer(model, config)
-        state = run.continue_from(checkpoint)
+        state = run_directory.read_state(checkpoint)
+        run.continue_from(state, run.events_of(state["step"]))
         tensors = run_directory.read_optimizer_tensors(checkpoint)
         train_gpt2.load_optimizer_tensors(model, optimizer, tensors, state["step"])
         run.lowest_validation_loss()

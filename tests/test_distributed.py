@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -102,6 +103,32 @@ def test_ranks_learn_with_dropout_what_one_process_learns(
     assert np.allclose(one, several, atol=1e-4, rtol=0)
 
 
+def print_how_gradients_differ() -> None:
+    """Of two passes over the first batch, before the first update."""
+    real = train_gpt2.train_step
+
+    def step(loss_fn, optimizer, batch, config, rt, *rest):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        passes = []
+        for _ in range(2):
+            train_gpt2.backward(loss_fn, batch, config, rt, 0)
+            passes.append([p.grad.clone() for p in parameters])
+            optimizer.zero_grad(set_to_none=False)
+        different = sum(int((a != b).sum()) for a, b in zip(*passes, strict=True))
+        rt.say(f"{different} elements differ")
+        return real(loss_fn, optimizer, batch, config, rt, *rest)
+
+    train_gpt2.train_step = step
+
+
+def test_the_first_step_of_three_ranks_sums_in_the_order_of_all_others(data, tmp_path):
+    """Or a continued run, which has one more first step, would end with other bits."""
+    flags = ["--total-batch-tokens", 768, "--max-steps", 1, "--eval-every", 0, "--save-every", 0]
+    args = ["--data", data, *CALM, *flags, "--out", tmp_path / "run"]
+    ranks = run_ranks(3, args, tmp_path / "output", prepare=print_how_gradients_differ)
+    assert "\n0 elements differ\n" in ranks.output()
+
+
 # --------------------------------------------------------------------------------- deterministic
 
 
@@ -172,7 +199,7 @@ def put_a_spike_into_step_4() -> None:
         return torch.full_like(batch, 200) if step == 3 else batch
 
     train_gpt2.step_batch = with_a_foreign_batch
-    SpikeGuard.WINDOW = 2
+    SpikeGuard.WINDOW = SpikeGuard.LEAST = 2
     SpikeGuard.LIMIT = 1.0
 
 
@@ -293,8 +320,74 @@ def test_ranks_with_other_flags_end_with_one_line_that_names_them(data, tmp_path
         assert ranks.wait() == [2, 2]
     text = outputs(ranks)
     assert text.count("error:") == 1
-    assert "the flags or the data of rank 1 differ from rank 0's" in text
+    assert "the flags or the data of rank 1 differ from rank 0's: --seed;" in text
     assert "Traceback" not in text
+
+
+def enter_folder_of_rank(folder: Path) -> None:
+    """As on machines that have a file system each: one path leads to other places."""
+    os.chdir(folder / f"rank-{os.environ['RANK']}")
+
+
+def copy_for_each_rank(data: Path, folder: Path) -> Callable[[], None]:
+    """Folders rank-0 and rank-1 with a corpus each; returns how a rank enters its own."""
+    for rank in (0, 1):
+        shutil.copytree(data, folder / f"rank-{rank}/data")
+    return functools.partial(enter_folder_of_rank, folder)
+
+
+def change_a_byte(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (change_a_byte, "of rank 1 differ from rank 0's: the contents of --data;"),
+        (Path.unlink, "text_train_000001.bin"),
+    ],
+)
+def test_ranks_with_other_shards_end_with_one_line_that_says_so(data, tmp_path, harm, message):
+    prepare = copy_for_each_rank(data, tmp_path)
+    harm(tmp_path / "rank-1/data/text_train_000001.bin")
+    args = ["--data", "data", *CALM, "--out", "run"]
+    with start_ranks(2, args, tmp_path / "output", prepare=prepare) as ranks:
+        assert ranks.wait(60) == [2, 2]
+    text = outputs(ranks)
+    assert text.count("error:") == 1
+    assert message in text
+    assert "lost another rank" not in text
+    assert "Traceback" not in text
+
+
+def test_a_rank_that_does_not_see_the_run_directory_gets_its_state_from_rank_0(data, tmp_path):
+    """Without DDP, which would send the weights, though not the moments."""
+    prepare = copy_for_each_rank(data, tmp_path)
+    flags = ["--deterministic", "--optimizer", "muon", "--eval-every", 0]
+    args = ["--data", "data", *CALM, *flags, "--out", "run"]
+    run_ranks(2, args, tmp_path / "output", prepare=prepare)
+    run = tmp_path / "rank-0/run"
+    assert not (tmp_path / "rank-1/run").exists()
+    weights = hash_of_weights(run)
+    shutil.rmtree(run / "step_000006")
+    run_ranks(2, [*args, "--resume"], tmp_path / "output", prepare=prepare)
+    assert hash_of_weights(run) == weights
+    assert [entry["step"] for entry in read_log(run, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_directory_that_is_newer_on_another_rank_is_refused(data, tmp_path):
+    """Rank 0 would begin the run anew."""
+    prepare = copy_for_each_rank(data, tmp_path)
+    (tmp_path / "rank-1/run/step_000006").mkdir(parents=True)
+    args = ["--data", "data", *CALM, "--out", "run", "--resume"]
+    with start_ranks(2, args, tmp_path / "output", prepare=prepare) as ranks:
+        assert ranks.wait(60) == [2, 2]
+    text = outputs(ranks)
+    assert text.count("error:") == 1
+    assert "run: rank 1 sees step_000006 there, and rank 0 no checkpoint" in text
+    assert not (tmp_path / "rank-0/run").exists()
 
 
 def test_bad_input_that_only_rank_0_reads_ends_all_ranks_with_one_line(tmp_path):

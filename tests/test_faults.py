@@ -101,8 +101,8 @@ def test_a_second_ctrl_c_stops_at_once(data, tmp_path):
     assert "Traceback" not in ranks.output()
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
-def test_a_closed_terminal_or_slurms_warning_saves_and_stops(data, tmp_path, name):
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_a_closed_terminal_or_a_schedulers_warning_saves_and_stops(data, tmp_path, name):
     run = tmp_path / "run"
     args = ["--data", data, *TINY, *FOREVER, "--out", run]
     with start_ranks(1, args, tmp_path / "output") as ranks:
@@ -268,7 +268,7 @@ def leave_half_written_files() -> None:
 
 
 def make_spikes_frequent() -> None:
-    SpikeGuard.WINDOW = 3
+    SpikeGuard.WINDOW = SpikeGuard.LEAST = 3
     SpikeGuard.LIMIT = 1.0
 
 

@@ -292,12 +292,15 @@ RANKS = """
 import json, sys, torch, runtime
 rt = runtime.start("cpu", "float32")
 values = rt.sum(torch.tensor([1.0, 10.0]) * (rt.rank + 1))
+sent = torch.full((2,), 5.0 + rt.rank)
+rt.send_from_main([sent])
 answers = {
     "rank": rt.rank,
     "world_size": rt.world_size,
     "sum": values.tolist(),
     "largest": rt.max_over_ranks(rt.rank + 3),
     "broadcast": rt.broadcast({"rank": rt.rank}),
+    "sent": sent.tolist(),
 }
 rt.say("said by rank", str(rt.rank))
 open(f"{sys.argv[1]}/{rt.rank}.json", "w").write(json.dumps(answers))
@@ -317,6 +320,7 @@ def test_two_ranks_sum_compare_and_share_values(tmp_path):
             "sum": [3.0, 30.0],
             "largest": 4,
             "broadcast": {"rank": 0},
+            "sent": [5.0, 5.0],
         }
     assert done.stdout == "said by rank\n0\n"  # rank 1 is silent
 

@@ -40,6 +40,13 @@ def test_a_loss_that_jumps_is_a_spike_once():
     assert guard_after(losses)[1] == [700]
 
 
+@pytest.mark.parametrize("number, is_seen", [(31, False), (32, True), (60, True)])
+def test_an_early_jump_is_judged_by_the_32_losses_before_it_or_more(number, is_seen):
+    losses = wavering(100)
+    losses[number] += 1
+    assert guard_after(losses)[1] == [number] * is_seen
+
+
 def test_after_a_rise_that_lasts_training_goes_on():
     """Of the steps at the new level four are left out, however high it is."""
     losses = np.concatenate([wavering(500), wavering(500, 300.0)])

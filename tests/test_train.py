@@ -1,5 +1,6 @@
 """The trainer in one process: schedule, step, evaluation, the loop, resume, the command line."""
 
+import errno
 import hashlib
 import json
 import math
@@ -424,6 +425,80 @@ def test_a_stop_between_evaluation_batches_saves_and_the_resumed_run_validates_o
     assert steps_of(Path("r"), "eval") == [0, 10, 20]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stop_in_the_first_validation_saves_what_can_be_continued(
+    data, in_tmp, monkeypatch, optimizer
+):
+    """Before the first update optimizers have no state."""
+    flags = ("--data", data, *TINY, "--max-steps", 2, "--optimizer", optimizer)
+    assert train(*flags, "--out", "whole") == 0
+    real = train_gpt2.evaluate
+
+    def evaluate_signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "evaluate", evaluate_signalled)
+        assert train(*flags, "--out", "r") == 143
+    assert saved_steps(Path("r")) == [0]
+    assert train("--out", "r", "--resume") == 0
+    assert losses(Path("r")) == losses(Path("whole"))
+    assert steps_of(Path("r"), "eval") == [0, 2]
+
+
+# What disks, quotas and network file systems answer, and a file that cannot be written then.
+FAILED_WRITES = [
+    (errno.EDQUOT, "step_000020.tmp/model.safetensors"),
+    (errno.EROFS, "step_000020.tmp/optimizer.safetensors"),
+    (errno.ESHUTDOWN, "step_000020.tmp/model.safetensors"),
+    (errno.ESTALE, "log.jsonl"),
+    (errno.ESHUTDOWN, "log.jsonl"),
+    (errno.EIO, "log.jsonl"),
+]
+
+
+def fail_to_flush(monkeypatch, code: int, name: str) -> None:
+    """Files whose path has that name in it cannot be flushed to the disk."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the names of open files")
+@pytest.mark.parametrize("code, name", FAILED_WRITES)
+def test_a_write_that_fails_is_one_line_that_names_the_file_and_keeps_the_old_checkpoint(
+    copy, in_tmp, monkeypatch, capfd, code, name
+):
+    shutil.rmtree(copy / "step_000020")
+    fail_to_flush(monkeypatch, code, name)
+    assert train("--out", "r", "--resume") == 2
+    line = last_error(capfd)
+    assert name in line
+    assert os.strerror(code) in line
+    monkeypatch.undo()
+    monkeypatch.chdir(in_tmp)
+    assert run_directory.newest_valid(copy, print) == copy / "step_000010"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the names of open files")
+@pytest.mark.parametrize("place, named", [("/r/", "r/log.jsonl: "), ("/data/novel", "data/novel-")])
+def test_a_quota_met_before_the_first_step_is_one_line_that_names_the_file(
+    in_tmp, monkeypatch, capfd, place, named
+):
+    Path("novel.txt").write_text("Hello world. " * 500)
+    fail_to_flush(monkeypatch, errno.EDQUOT, place)
+    assert train("--data", "novel.txt", *TINY, "--out", "r") == 2
+    line = last_error(capfd)
+    assert line.startswith(f"error: {named}")
+    assert os.strerror(errno.EDQUOT) in line
+
+
 def test_a_stop_with_save_every_0_saves_nothing_and_offers_no_resume(
     data, in_tmp, monkeypatch, capfd
 ):
@@ -742,6 +817,7 @@ def spike_in_step_14(monkeypatch) -> None:
 
     monkeypatch.setattr(train_gpt2, "step_batch", with_a_foreign_batch)
     monkeypatch.setattr(train_gpt2.SpikeGuard, "WINDOW", 8)
+    monkeypatch.setattr(train_gpt2.SpikeGuard, "LEAST", 8)
 
 
 def test_a_loss_that_jumps_is_logged_and_warned_about_once(data, in_tmp, capfd, spike_in_step_14):
@@ -934,6 +1010,8 @@ def broken_data(data, tmp_path_factory) -> Path:
         (["--grad-clip", "inf"], "--grad-clip inf"),
         (["--dropout", "1"], "--dropout 1"),
         (["--seed", "-1"], "--seed -1"),
+        (["--save-every", str(2**63)], "--save-every 9223372036854775808"),
+        (["--out", "r\udcff"], "a path in UTF-8"),
         (["--data", "truncated"], "text_train_000001.bin"),
         (["--data", "unfinished"], "manifest.partial.json"),
         (["--data", "short"], "short: 20 training tokens"),
