@@ -98,7 +98,9 @@ RATES = {
 DECAYS = [{"weight_decay": 0.03}, {"weight_decay": 0.3}]
 
 
-def larger_size(n_layer: int, n_embd: int, steps: int, fractions: tuple[float, ...]) -> Size:
+def larger_size(
+    n_layer: int, n_embd: int, steps: int, fractions: tuple[float, ...], **changes
+) -> Size:
     """A size on GPT-2 tokens, as far as one core gets: trials are as long as final runs."""
     config = replace(
         SMALL,
@@ -109,7 +111,7 @@ def larger_size(n_layer: int, n_embd: int, steps: int, fractions: tuple[float, .
         n_head=6,
         eval_tokens=16_384,
     )
-    return Size(
+    size = Size(
         config=config,
         centres=SMALL_CENTRES,
         trials=RATES,
@@ -118,6 +120,7 @@ def larger_size(n_layer: int, n_embd: int, steps: int, fractions: tuple[float, .
         final_seeds=(11, 12, 13),
         fractions=fractions,
     )
+    return replace(size, **changes)
 
 
 SIZES = {
@@ -125,8 +128,20 @@ SIZES = {
         config=SMALL,
         centres=SMALL_CENTRES,
         trials={
-            "adamw": [*RATES["adamw"], {"beta2": 0.95}, {"beta2": 0.999}, *DECAYS],
-            "muon": [*RATES["muon"], {"learning_rate": 8e-3}, {"learning_rate": 32e-3}, *DECAYS],
+            "adamw": [
+                *RATES["adamw"],
+                {"learning_rate": 1e-3},
+                {"beta2": 0.95},
+                {"beta2": 0.999},
+                *DECAYS,
+            ],
+            "muon": [
+                *RATES["muon"],
+                {"learning_rate": 8e-3},
+                {"learning_rate": 32e-3},
+                {"learning_rate": 64e-3},
+                *DECAYS,
+            ],
         },
         tuning_steps=1_000,
         final_steps=4_200,
@@ -134,8 +149,43 @@ SIZES = {
         fractions=(1.0, 0.7, 0.5, 0.4, 0.3),
     ),
     # 11.5 and 30 million parameters, most of them in the embedding.
-    "12M": larger_size(n_layer=4, n_embd=192, steps=300, fractions=(1.0, 0.4, 0.25)),
-    "30M": larger_size(n_layer=6, n_embd=384, steps=200, fractions=(1.0, 0.4)),
+    "12M": larger_size(
+        n_layer=4,
+        n_embd=192,
+        steps=300,
+        fractions=(1.0, 0.4, 0.25),
+        centres={
+            "adamw": {"optimizer": "adamw", "learning_rate": 1e-3, "beta2": 0.99},
+            "muon": SMALL_CENTRES["muon"],
+        },
+        trials={
+            "adamw": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
+            "muon": [*RATES["muon"], {"learning_rate": 8e-3}, {"learning_rate": 4e-3}],
+        },
+    ),
+    "30M": larger_size(
+        n_layer=6,
+        n_embd=384,
+        steps=200,
+        fractions=(1.0, 0.4),
+        # The best rate for AdamW's updates was at first the lowest that had been tried, for either,
+        # so each had three trials more.
+        centres={
+            "adamw": {"optimizer": "adamw", "learning_rate": 5e-4, "beta2": 0.99},
+            "muon": {"optimizer": "muon", "learning_rate": 4e-3, "muon_learning_rate": 0.02},
+        },
+        trials={
+            "adamw": [{"learning_rate": rate} for rate in (25e-5, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
+            "muon": [
+                {"learning_rate": 2e-3},
+                {},
+                {"learning_rate": 8e-3},
+                {"learning_rate": 16e-3},
+                {"learning_rate": 16e-3, "muon_learning_rate": 0.01},
+                {"learning_rate": 16e-3, "muon_learning_rate": 0.04},
+            ],
+        },
+    ),
     # GPT-2's smallest, for one GPU: about 0.4 billion tokens in all.
     "124M": Size(
         config=replace(
