@@ -52,7 +52,6 @@ LEAST_SHARE_IN_SAVES = 0.3
 fork_server = multiprocessing.get_context("forkserver")
 # torch imports the last one when the first optimizer is made, which takes a second.
 PRELOAD = ["train_gpt2", "tyro", "matplotlib.pyplot", "torch.distributed", "torch._dynamo"]
-fork_server.set_forkserver_preload(PRELOAD)
 
 
 # ------------------------------------------------------------------------------- several ranks
@@ -143,6 +142,7 @@ def start_ranks(
         output = scratch / f"output_{rank}.txt"
         output.write_text("")
         arguments = [str(arg) for arg in [*args, *(args_of_rank or {}).get(rank, [])]]
+        fork_server.set_forkserver_preload(PRELOAD)  # another test may have set others
         process = fork_server.Process(
             target=be_rank, args=(environment, arguments, str(output), prepare), daemon=True
         )
@@ -330,6 +330,7 @@ def disturbed_run(
 
 def calm_run(world_size: int, args: list, run: Path) -> tuple[dict, float]:
     """The final state of an undisturbed run, and how many seconds it has taken."""
+    fork_server.set_forkserver_preload(PRELOAD)
     warm_up = fork_server.Process(target=os.getpid)  # which waits for what is imported before
     warm_up.start()
     warm_up.join()

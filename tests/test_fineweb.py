@@ -335,6 +335,9 @@ def start(hub, tmp_path_factory):
         "HF_HOME": str(outputs / "home"),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }
+    # One that an earlier test file has started has another environment. There is no public way.
+    stop_server = multiprocessing.forkserver._forkserver._stop
+    stop_server()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -355,6 +358,8 @@ def start(hub, tmp_path_factory):
     yield run
     for process in processes:
         process.kill()
+        process.join()
+    stop_server()
 
 
 @pytest.fixture(scope="module")
