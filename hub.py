@@ -124,14 +124,7 @@ def _check_answer(response: Any) -> None:
     It also shortens long waits, and from here on counts what comes.
     """
     headers = response.headers
-    # The client names the files of its cache after these.
-    names = ["X-Repo-Commit"]
-    if response.request.method == "HEAD":
-        names += ["ETag", "X-Linked-ETag"]
-    for name in names:
-        value = headers.get(name)
-        if value is not None and not plain_name(value.lstrip("W/").strip('"')):
-            _refuse(response, f"{name} {value[:80]!r}", "the name of a file")
+    _check_names(response)
     _count_redirects(response)
     encoding = headers.get("Content-Encoding", "identity")
     if encoding != "identity":
@@ -150,6 +143,19 @@ def _check_answer(response: Any) -> None:
         if re.fullmatch("[0-9]+", size) and len(size) < 4000 and int(size) > limit[1]:
             raise EndlessDownload(*limit)  # it is not even begun
         response.iter_raw = functools.partial(_iter_raw, response.iter_raw, *limit)
+
+
+def _check_names(response: Any) -> None:
+    headers = response.headers
+    # The client names folders and files of its cache after these, the latter by the part in quotes.
+    names = {"X-Repo-Commit": headers.get("X-Repo-Commit")}
+    if response.request.method == "HEAD":
+        for name in ("ETag", "X-Linked-ETag"):
+            etag = headers.get(name)
+            names[name] = etag and etag.removeprefix("W/").strip('"')
+    for name, value in names.items():
+        if value is not None and not plain_name(value):
+            _refuse(response, f"{name} {value[:80]!r}", "the name of a file")
 
 
 def _count_redirects(response: Any) -> None:

@@ -1169,6 +1169,7 @@ ANSWERS = {
     "weak": {"ETag": 'W/"../../../../../../../../../../../..{canary}/not-there"'},
     "linked": {"X-Linked-ETag": '"{canary}/not-there"'},
     "commit": {"X-Repo-Commit": "{canary}/not-there"},
+    "absolute": {"X-Repo-Commit": "/proc"},
     "missing": {"X-Repo-Commit": "{canary}/not-there", "X-Error-Code": "EntryNotFound"},
     "file": {"Location": "file://{canary}/id_rsa"},
     "circle": {"Location": "/x/circle/resolve/main/config.json"},
@@ -1256,6 +1257,7 @@ FOUND = {
     "weak": "answers with ETag",
     "linked": "answers with X-Linked-ETag",
     "commit": "answers with X-Repo-Commit",
+    "absolute": "answers with X-Repo-Commit",
     "missing": "answers with X-Repo-Commit",
     "file": "x/file: ",  # what it says depends on the client's version
     "circle": "answers with 20 redirections",
