@@ -68,9 +68,9 @@ class Runtime:
 
     def compile(self, module: torch.nn.Module, T: int) -> torch.nn.Module:
         """The module compiled for training at context T; the module itself stays as it is."""
+        refuse_foreign_cache()
         # The cache of compiled code on disk does not know which attention kernels were asked for
         # (pytorch #185449): without this a process would run what another one compiled for others.
-        refuse_foreign_cache()
         kernels = [kernel.name for kernel in self.attention_kernels(T)]
         torch.compiler.config.cache_key_tag = " ".join(kernels)
         # DDP's averaging of gradients breaks the graph.
