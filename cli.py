@@ -28,14 +28,13 @@ Config = TypeVar("Config")
 
 
 class UserError(Exception):
-    """Something that the user can mend.
+    """What the user can mend, in one line: what is wrong; what was expected; what to do."""
 
-    found: what is wrong, with the file or the flag it is in. expected: what should be there.
-    remedy: what to do about it.
-    """
 
-    def __init__(self, found: str, *, expected: str, remedy: str):
-        super().__init__(f"{found}; expected {expected}; {remedy}")
+def require(ok: bool, message: str) -> None:
+    """Raise UserError with this message unless something is as it should be."""
+    if not ok:
+        raise UserError(message)
 
 
 class TransientError(UserError):

@@ -131,9 +131,8 @@ def walking(folder: str | Path) -> Iterator[None]:
         yield
     except RecursionError:
         raise UserError(
-            f"{folder}: folders are nested too deeply",
-            expected="at most a few hundred",
-            remedy="remove what is in it, or name a folder further inside",
+            f"{folder}: folders are nested too deeply; expected at most a few hundred; remove what "
+            "is in it, or name a folder further inside"
         ) from None
 
 
@@ -155,16 +154,13 @@ def open_descriptor(file: str | Path) -> int:
         descriptor = os.open(file, flags)
     except OSError as error:
         raise UserError(
-            f"{file}: {error.strerror}",
-            expected="a file that can be read",
-            remedy="check the path and its permissions",
+            f"{file}: {error.strerror}; expected a file that can be read; check the path and its "
+            "permissions"
         ) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(
-            f"{file}: not a regular file",
-            expected="a regular file",
-            remedy="remove it, or name another file",
+            f"{file}: not a regular file; expected a regular file; remove it, or name another file"
         )
     return descriptor
 
@@ -182,9 +178,8 @@ def refuse_holes(opened: BinaryIO, file: Path) -> None:
     opened.seek(0)
     if first_hole < status.st_size:
         raise UserError(
-            f"{file}: a sparse file, {on_disk:,} of {status.st_size:,} bytes are on the disk",
-            expected="a file without holes",
-            remedy="leave it out, or fetch it again",
+            f"{file}: a sparse file, {on_disk:,} of {status.st_size:,} bytes are on the disk; "
+            "expected a file without holes; leave it out, or fetch it again"
         )
 
 
@@ -194,9 +189,8 @@ def read_bytes(file: Path, limit: int) -> bytes:
         content = f.read(limit + 1)
     if len(content) > limit:
         raise UserError(
-            f"{file}: more than {limit:,} bytes",
-            expected=f"at most {limit:,} bytes",
-            remedy="restore the file: this is not the kind of file it should be",
+            f"{file}: more than {limit:,} bytes; expected at most {limit:,} bytes; restore the "
+            "file: this is not the kind of file it should be"
         )
     return content
 
@@ -213,9 +207,8 @@ def read_lines(
         size = os.fstat(f.fileno()).st_size
         if size > limit:
             raise UserError(
-                f"{file}: {size:,} bytes",
-                expected=f"at most {limit:,} bytes",
-                remedy="move the file away, or restore it",
+                f"{file}: {size:,} bytes; expected at most {limit:,} bytes; move the file away, or "
+                "restore it"
             )
         for _ in range(most):
             line = f.readline(longest)
@@ -223,9 +216,8 @@ def read_lines(
                 return
             yield line.removesuffix(b"\n")
         raise UserError(
-            f"{file}: more than {most:,} lines in {size:,} bytes",
-            expected="longer lines",
-            remedy="move the file away, or restore it",
+            f"{file}: more than {most:,} lines in {size:,} bytes; expected longer lines; move the "
+            "file away, or restore it"
         )
 
 
@@ -254,9 +246,8 @@ def read_json(file: Path, shape: dict, limit: int = 2**20) -> dict:
     else:
         return value
     raise UserError(
-        f"{file}: {fault}",
-        expected="the JSON that this program writes",
-        remedy="restore the file, or use another",
+        f"{file}: {fault}; expected the JSON that this program writes; restore the file, or use "
+        "another"
     )
 
 
@@ -358,20 +349,15 @@ def locked(folder: Path) -> Iterator[None]:
         status = file.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             kind = "a symbolic link" if file.is_symlink() else "a hard link or no regular file"
-            raise UserError(
-                f"{file}: {kind}",
-                expected="a file that this program made",
-                remedy="remove it",
-            )
+            raise UserError(f"{file}: {kind}; expected a file that this program made; remove it")
     lock = FileLock(file)
     holder = folder / ".lock-holder"
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{folder}: in use by {_read_holder(holder)}",
-            expected="one writer at a time",
-            remedy="wait for it, stop it, or choose another directory",
+            f"{folder}: in use by {_read_holder(holder)}; expected one writer at a time; wait for "
+            "it, stop it, or choose another directory"
         ) from None
     except (OSError, NotImplementedError) as error:  # the latter from filelock 3
         if isinstance(error, OSError) and error.errno not in UNSUPPORTED:

@@ -134,15 +134,13 @@ class PrepareConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise UserError(
-                    f"--{name.replace('_', '-')} {value}",
-                    expected=f"a number from {least} to {most}",
-                    remedy="choose one in that range",
+                    f"--{name.replace('_', '-')} {value}; expected a number from {least} to "
+                    f"{most}; choose one in that range"
                 )
         if self.pretokenized and (self.input or self.tokenizer != "gpt2"):
             raise UserError(
-                "--pretokenized with --input or --tokenizer bytes",
-                expected="gpt2 shards from the hub",
-                remedy="leave one of them out",
+                "--pretokenized with --input or --tokenizer bytes; expected gpt2 shards from the "
+                "hub; leave one of them out"
             )
 
     @property
@@ -476,9 +474,8 @@ def begin_or_resume(folder: Path, settings: dict) -> dict:
         for file in folder.iterdir():
             if file.suffix in tokens.SUFFIXES:
                 raise UserError(
-                    f"{folder}: holds {file.name} and no manifest",
-                    expected="an empty directory",
-                    remedy="choose another --out",
+                    f"{folder}: holds {file.name} and no manifest; expected an empty directory; "
+                    "choose another --out"
                 )
     partial = settings | {"shards": [], "position": dataclasses.asdict(Position())}
     tokens.write_manifest(folder, partial, partial=True)
@@ -513,9 +510,8 @@ def check_settings(file: Path, manifest: dict, settings: dict) -> None:
     if "revision" in differing:
         remedy = f"repeat them (--revision {str(old['revision'])[:80]})"
     raise UserError(
-        f"{file}: {', '.join(changes)}",
-        expected="the settings and source it was begun with",
-        remedy=f"{remedy}, or choose another --out",
+        f"{file}: {', '.join(changes)}; expected the settings and source it was begun with; "
+        f"{remedy}, or choose another --out"
     )
 
 
@@ -688,9 +684,8 @@ def write_corpus(
     check_skipped(config, position)
     if writer.num_tokens <= position.documents:
         raise UserError(
-            f"{config.source_name}: {plural(position.documents, 'document')} without any text",
-            expected="some text",
-            remedy="check the source",
+            f"{config.source_name}: {plural(position.documents, 'document')} without any text; "
+            "expected some text; check the source"
         )
     summary = {"documents": position.documents, "skipped": position.skipped}
     writer.finish(summary, encoding.eot_token)
@@ -732,10 +727,9 @@ def check_skipped(config: PrepareConfig, position: Position) -> None:
         f"than {config.text_column!r}"
     )
     raise UserError(
-        f"{config.source_name}: {position.num_skipped:,} of {plural(found, 'document')} "
-        f"cannot be used: {listed(position)}",
-        expected=f"at most {MOST_SKIPPED:.0%}",
-        remedy=REMEDIES.get(most_frequent, other_column),
+        f"{config.source_name}: {position.num_skipped:,} of {plural(found, 'document')} cannot be "
+        f"used: {listed(position)}; expected at most {MOST_SKIPPED:.0%}; "
+        f"{REMEDIES.get(most_frequent, other_column)}"
     )
 
 
@@ -819,11 +813,7 @@ def refuse_links(folder: Path) -> None:
         found = [folder, *folder.rglob("*")]
     for path in found:
         if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
-            raise UserError(
-                f"{path}: a link",
-                expected="what this program made",
-                remedy=f"remove {folder}",
-            )
+            raise UserError(f"{path}: a link; expected what this program made; remove {folder}")
 
 
 def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
@@ -832,9 +822,8 @@ def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
     shards.sort(key=lambda file: ("_val_" not in file.rfilename, file.rfilename))
     if len(shards) < 2:
         raise UserError(
-            f"--dataset {dataset}: no *_val_*.bin and *_train_*.bin",
-            expected="token shards in llm.c's format",
-            remedy="leave out --pretokenized to tokenise its text",
+            f"--dataset {dataset}: no *_val_*.bin and *_train_*.bin; expected token shards in "
+            "llm.c's format; leave out --pretokenized to tokenise its text"
         )
     if not config.max_tokens:
         return shards

@@ -30,9 +30,8 @@ def ds_count(path: Path, size: int) -> int:
     # A link could lead to any file, and without a header any file passes for tokens.
     if os.path.islink(path):
         raise UserError(
-            f"{path}: a symbolic link",
-            expected="the file itself",
-            remedy="copy it here, or name the folder that it is in",
+            f"{path}: a symbolic link; expected the file itself; copy it here, or name the folder "
+            "that it is in"
         )
     metadata = f"{path}.metadata"
     if os.path.exists(metadata):
@@ -45,9 +44,9 @@ def ds_count(path: Path, size: int) -> int:
             return int.from_bytes(f.read(8), "little")
     if size == 0 or path.name.endswith("unshuffled.ds"):
         raise UserError(
-            f"{path}: {size:,} bytes, and neither .index nor .metadata",
-            expected="what a task of datatrove writes beside its tokens when it has finished",
-            remedy="run the pipeline again, with save_final_metadata, or copy all of its files",
+            f"{path}: {size:,} bytes, and neither .index nor .metadata; expected what a task of "
+            "datatrove writes beside its tokens when it has finished; run the pipeline again, "
+            "with save_final_metadata, or copy all of its files"
         )
     return size // 2
 
@@ -65,17 +64,16 @@ def _count_in_metadata(file: str | Path) -> int:
         os.close(descriptor)
     if len(lines) < 2 or not lines[0].endswith("|2") or not re.fullmatch("[0-9]{1,15}", lines[1]):
         raise UserError(
-            f"{file}: {[line[:80] for line in lines[:2]]}",
-            expected="<tokenizer>|2, for tokens of 2 bytes, and their number",
-            remedy="tokenise with gpt2, or remove the file if it is not of datatrove",
+            f"{file}: {[line[:80] for line in lines[:2]]}; expected <tokenizer>|2, for tokens of 2 "
+            "bytes, and their number; tokenise with gpt2, or remove the file if it is not of "
+            "datatrove"
         )
     name = lines[0].partition("|")[0]
     is_local = name.startswith((".", "/", "~")) or name.endswith(".json") or "\\" in name
     if not (GPT2_NAME.fullmatch(name) or is_local or name == "Unknown Tokenizer"):
         raise UserError(
-            f"{file}: the tokenizer {name[:80]!r}",
-            expected="gpt2",
-            remedy="tokenise with gpt2; if this one has the same tokens, call it gpt2 in this file",
+            f"{file}: the tokenizer {name[:80]!r}; expected gpt2; tokenise with gpt2; if this one "
+            "has the same tokens, call it gpt2 in this file"
         )
     return int(lines[1])
 
@@ -105,7 +103,7 @@ def check_names(folder: Path, names: list[str], present: set[str]) -> None:
 
 
 def _refuse(place: Path, found: str, expected: str, remedy: str) -> NoReturn:
-    raise UserError(f"{place}: {found}", expected=expected, remedy=remedy)
+    raise UserError(f"{place}: {found}; expected {expected}; {remedy}")
 
 
 def _check_formats(folder: Path, names: list[str], present: set[str]) -> None:

@@ -64,7 +64,6 @@ def check_tree(micro_batches: int, world_size: int) -> None:
     ):
         if number & (number - 1):
             raise UserError(
-                f"{number} {name} in a deterministic run",
-                expected="a power of two",
-                remedy="change the number of ranks, --micro-batch or --total-batch-tokens",
+                f"{number} {name} in a deterministic run; expected a power of two; change the "
+                "number of ranks, --micro-batch or --total-batch-tokens"
             )

@@ -90,9 +90,8 @@ def download(
     content = _read_url(url, size, attempts, remedy=f"check the connection, or copy it to {file}")
     if found := _mismatch(content, size, sha256):
         raise UserError(
-            f"{url}: {found}",
-            expected=f"{size:,} bytes with sha256 {sha256[:8]}…",
-            remedy=f"try again later, or copy the file to {file}",
+            f"{url}: {found}; expected {size:,} bytes with sha256 {sha256[:8]}…; try again later, "
+            f"or copy the file to {file}"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
@@ -137,7 +136,7 @@ def _read_url(url: str, size: int, attempts: int, remedy: str) -> bytes:
                 may_pass = status >= 500 or status == 429  # 429: too many requests
             if attempt + 1 == attempts or not may_pass:
                 raise UserError(
-                    f"{url}: {reason}", expected="the HellaSwag validation set", remedy=remedy
+                    f"{url}: {reason}; expected the HellaSwag validation set; {remedy}"
                 ) from None
             time.sleep(2**attempt)
     raise AssertionError("attempts is at least 1")
@@ -163,29 +162,27 @@ def load_items(file: Path | None = None) -> list[Item]:
     path = DATA if file is None else file
     if not path.is_file():
         raise UserError(
-            f"{path}: {'not a regular file' if path.exists() else 'no such file'}",
-            expected="HellaSwag items as JSON lines",
-            remedy="name another file, or download the official one with --download",
+            f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected "
+            "HellaSwag items as JSON lines; name another file, or download the official one with "
+            "--download"
         )
     content = read_bytes(path, limit=2**28)
     if file is None and (found := _mismatch(content, SIZE, SHA256)):
         raise UserError(
-            f"{path}: {found}",
-            expected=f"the official file of {ROWS:,} rows",
-            remedy="download it again with --download",
+            f"{path}: {found}; expected the official file of {ROWS:,} rows; download it again with "
+            "--download"
         )
     items = []
     for number, line in enumerate(io.BytesIO(content), 1):
         if number > MOST_LINES:
             raise UserError(
-                f"{path}: more than {MOST_LINES:,} lines",
-                expected="as many items as can be scored",
-                remedy="divide the file",
+                f"{path}: more than {MOST_LINES:,} lines; expected as many items as can be scored; "
+                "divide the file"
             )
         if line.strip():
             items.append(_parse(line, f"{path}:{number}"))
     if not items:
-        raise UserError(f"{path}: no items", expected="at least one", remedy="name another file")
+        raise UserError(f"{path}: no items; expected at least one; name another file")
     return items
 
 
@@ -205,9 +202,8 @@ def _parse(line: bytes, place: str) -> Item:
             fault = str(error)
     if fault:
         raise UserError(
-            f"{place}: {fault}",
-            expected="ctx, four endings that are not empty, and a label from 0 to 3",
-            remedy="mend the line, or download the file again",
+            f"{place}: {fault}; expected ctx, four endings that are not empty, and a label from 0 "
+            "to 3; mend the line, or download the file again"
         )
     return Item(
         ctx=row["ctx"],
@@ -277,9 +273,8 @@ def render(item: Item, style: Style) -> tuple[str, list[str], list[float] | None
         return item.ctx, [" " + ending for ending in item.endings], None
     if item.activity_label is None or item.ctx_a is None or item.ctx_b is None:
         raise UserError(
-            "harness style: the items lack activity_label, ctx_a or ctx_b",
-            expected="items in the official schema",
-            remedy="use --style completion, or the official data",
+            "harness style: the items lack activity_label, ctx_a or ctx_b; expected items in the "
+            "official schema; use --style completion, or the official data"
         )
     query = _clean(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
     endings = [_clean(ending) for ending in item.endings]
@@ -656,21 +651,16 @@ class Config:
     def __post_init__(self):
         if self.limit is not None and self.limit < 1:
             raise UserError(
-                f"--limit {self.limit}",
-                expected="1 or more items",
-                remedy="leave it out to score all",
+                f"--limit {self.limit}; expected 1 or more items; leave it out to score all"
             )
         if self.show < 0:
             raise UserError(
-                f"--show {self.show}",
-                expected="0 or more items",
-                remedy="leave it out to show none",
+                f"--show {self.show}; expected 0 or more items; leave it out to show none"
             )
         if self.json is not None and self.json.exists() and not is_regular(self.json):
             raise UserError(
-                f"--json {self.json}: a link, or no regular file",
-                expected="the name of a file, which is replaced if it is there",
-                remedy="choose another",
+                f"--json {self.json}: a link, or no regular file; expected the name of a file, "
+                "which is replaced if it is there; choose another"
             )
 
 

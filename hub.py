@@ -35,9 +35,8 @@ class EndlessDownload(UserError):
 
     def __init__(self, name: str, size: int):
         super().__init__(
-            f"{name}: more bytes came than were asked for",
-            expected=f"{size:,} bytes",
-            remedy="check the connection, then run the same command again",
+            f"{name}: more bytes came than were asked for; expected {size:,} bytes; check the "
+            "connection, then run the same command again"
         )
 
 
@@ -178,7 +177,6 @@ def _iter_raw(
 
 def _refuse(response: Any, found: str, expected: str) -> None:
     raise UserError(
-        f"{response.request.url.host}: answers with {found}",
-        expected=expected,
-        remedy="check HF_ENDPOINT: this is no server to download from",
+        f"{response.request.url.host}: answers with {found}; expected {expected}; check "
+        "HF_ENDPOINT: this is no server to download from"
     )

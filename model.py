@@ -55,16 +55,14 @@ class GPTConfig:
             size = getattr(self, field)
             if not 1 <= size <= largest:
                 raise UserError(
-                    f"{field} {size}",
-                    expected=f"1 to {largest:,}",
-                    remedy=f"choose {field} in that range",
+                    f"{field} {size}; expected 1 to {largest:,}; choose {field} in that range"
                 )
         if self.n_embd % self.n_head:
             multiple = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise UserError(
-                f"n_embd {self.n_embd} with n_head {self.n_head}",
-                expected="n_embd divisible by n_head, so that all heads have one size",
-                remedy=f"with {self.n_head} heads use n_embd {multiple}",
+                f"n_embd {self.n_embd} with n_head {self.n_head}; expected n_embd divisible by "
+                f"n_head, so that all heads have one size; with {self.n_head} heads use n_embd "
+                f"{multiple}"
             )
 
 
@@ -242,9 +240,8 @@ class GPT(nn.Module):
         """Shorten the context by dropping the last positions. Raises UserError if it would grow."""
         if block_size > self.config.block_size:
             raise UserError(
-                f"a context of {block_size} tokens",
-                expected=f"at most {self.config.block_size}, the positions the model has learned",
-                remedy="choose a shorter context",
+                f"a context of {block_size} tokens; expected at most {self.config.block_size}, the "
+                "positions the model has learned; choose a shorter context"
             )
         self.config = replace(self.config, block_size=block_size)
         positions = self.transformer.wpe.weight.detach()[:block_size].clone()
@@ -570,9 +567,8 @@ def read_config(name_or_dir: str | os.PathLike) -> GPTConfig:
 
     def refuse(key: str, expected: str):
         raise UserError(
-            f"{file}: {key} is {_short(values.get(key))}",
-            expected=expected,
-            remedy="only plain GPT-2 can be loaded",
+            f"{file}: {key} is {_short(values.get(key))}; expected {expected}; only plain GPT-2 "
+            "can be loaded"
         )
 
     for key, accepted in PLAIN_GPT2.items():
@@ -607,9 +603,9 @@ def _check_probe(file: Path, saved: object) -> None:
     if same_network:
         return
     raise UserError(
-        f"{file}: saved by another network (network_probe {_short(saved)})",
-        expected=f"{probe}, which is what the network in this model.py computes",
-        remedy="use the model.py that trained it, or train it again with this one",
+        f"{file}: saved by another network (network_probe {_short(saved)}); expected {probe}, "
+        "which is what the network in this model.py computes; use the model.py that trained it, "
+        "or train it again with this one"
     )
 
 
@@ -632,9 +628,8 @@ def _load(cls: type[GPT], name_or_dir: str | os.PathLike, dropout: float) -> GPT
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state["transformer.wte.weight"]):
         raise UserError(
-            f"{folder}: lm_head.weight is not wte.weight",
-            expected="GPT-2's tied head",
-            remedy="only plain GPT-2 can be loaded",
+            f"{folder}: lm_head.weight is not wte.weight; expected GPT-2's tied head; only plain "
+            "GPT-2 can be loaded"
         )
     model.load_state_dict(state, assign=True)
     model.revision = revision
@@ -660,9 +655,8 @@ def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
         header_bytes += sum(map(len, header))
         if header_bytes > LARGEST_JSON:
             raise UserError(
-                f"{file}: more names of tensors in all files than {LARGEST_JSON:,} bytes",
-                expected="the tensors of a GPT-2",
-                remedy="use another checkpoint",
+                f"{file}: more names of tensors in all files than {LARGEST_JSON:,} bytes; expected "
+                "the tensors of a GPT-2; use another checkpoint"
             )
         for name, entry in header.items():
             # Older files carry the causal mask, which is no parameter.
@@ -673,9 +667,8 @@ def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
                 our_name = f"transformer.{name}"
             if our_name in stored:
                 raise UserError(
-                    f"{file}: {_plain(our_name)} is there twice",
-                    expected="each weight once",
-                    remedy="use another checkpoint",
+                    f"{file}: {_plain(our_name)} is there twice; expected each weight once; use "
+                    "another checkpoint"
                 )
             shape = tuple(entry["shape"])
             if name.endswith(TRANSPOSED):
@@ -696,9 +689,9 @@ def read_header(file: Path) -> dict[str, dict]:
         text = f.read(min(length, LARGEST_JSON))
     if length > LARGEST_JSON:
         raise UserError(
-            f"{file}: a header of {length:,} bytes",
-            expected=f"a safetensors file with a header of at most {LARGEST_JSON:,}",
-            remedy="fetch the file again (a Git LFS pointer is not the weights)",
+            f"{file}: a header of {length:,} bytes; expected a safetensors file with a header of "
+            f"at most {LARGEST_JSON:,}; fetch the file again (a Git LFS pointer is not the "
+            "weights)"
         )
     try:
         # safetensors checks that the header is whole and that no tensors overlap.
@@ -706,9 +699,8 @@ def read_header(file: Path) -> dict[str, dict]:
             pass
     except (SafetensorError, RuntimeError, MemoryError) as error:  # the others: too large to map
         raise UserError(
-            f"{file}: {_plain(str(error))}",
-            expected="a safetensors file",
-            remedy="fetch the file again (a Git LFS pointer is not the weights)",
+            f"{file}: {_plain(str(error))}; expected a safetensors file; fetch the file again (a "
+            "Git LFS pointer is not the weights)"
         ) from None
     return json.loads(text)
 
@@ -725,16 +717,14 @@ def _check_stored(
         found = stored[name].shape if name in stored else None
         if found != shapes.get(name):
             raise UserError(
-                f"{place}: {_plain(name)} has shape {_shape(found)}",
-                expected=_shape(shapes.get(name)),
-                remedy="use weights that belong to this config.json",
+                f"{place}: {_plain(name)} has shape {_shape(found)}; expected "
+                f"{_shape(shapes.get(name))}; use weights that belong to this config.json"
             )
         dtype = stored[name].dtype
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
-                f"{stored[name].file}: {name} is of type {dtype}",
-                expected="F32, F16, BF16 or F64",
-                remedy="use weights that are not quantised",
+                f"{stored[name].file}: {name} is of type {dtype}; expected F32, F16, BF16 or F64; "
+                "use weights that are not quantised"
             )
 
 
@@ -759,9 +749,8 @@ def _read_tensors(stored: dict[str, _StoredTensor]) -> dict[str, torch.Tensor]:
                 not smallest_and_largest.isfinite().all()
             ):  # 40 times as fast as testing each element
                 raise UserError(
-                    f"{file}: {name} holds NaN or Inf",
-                    expected="finite weights",
-                    remedy="use another checkpoint",
+                    f"{file}: {name} holds NaN or Inf; expected finite weights; use another "
+                    "checkpoint"
                 )
             if name.endswith(TRANSPOSED):
                 tensor = tensor.t().contiguous()
@@ -785,9 +774,8 @@ def _weight_files(folder: Path) -> list[Path]:
         # An index must neither lead out of its folder nor to a pickle.
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UserError(
-                f"{index}: names the file {_short(name)}",
-                expected="names of safetensors files beside it",
-                remedy="use a checkpoint from a source you trust",
+                f"{index}: names the file {_short(name)}; expected names of safetensors files "
+                "beside it; use a checkpoint from a source you trust"
             )
     return [folder / name for name in sorted(set(names))]
 
@@ -796,9 +784,8 @@ def _no_weights(file: Path) -> UserError:
     """The error for weights that are not there, with the remedy for what is there instead."""
     if file.exists() or file.is_symlink():
         return UserError(
-            f"{file}: not a regular file",
-            expected="weights as safetensors",
-            remedy="remove it, and fetch the weights again",
+            f"{file}: not a regular file; expected weights as safetensors; remove it, and fetch "
+            "the weights again"
         )
     variants = sorted(other.name for other in file.parent.glob("model.*.safetensors"))
     other_formats = ("tf_model.h5", "flax_model.msgpack", "model.onnx", "onnx", "rust_model.ot")
@@ -808,7 +795,7 @@ def _no_weights(file: Path) -> UserError:
         remedy = f"{variants[0]} is there: if it holds the whole model, rename it"
     elif others and not (file.parent / "pytorch_model.bin").exists():
         remedy = f"{others[0]} is of another framework: get the model's safetensors for PyTorch"
-    return UserError(f"{file}: not there", expected="weights as safetensors", remedy=remedy)
+    return UserError(f"{file}: not there; expected weights as safetensors; {remedy}")
 
 
 def _read_json(file: Path) -> dict:
@@ -817,9 +804,8 @@ def _read_json(file: Path) -> dict:
         is_there = file.exists() or file.is_symlink()
         is_adapter = (file.parent / "adapter_config.json").exists()
         raise UserError(
-            f"{file}: {'not a regular file' if is_there else 'not there'}",
-            expected="a Hugging Face GPT-2 directory",
-            remedy=MERGE_ADAPTER if is_adapter else "check the path or the hub name",
+            f"{file}: {'not a regular file' if is_there else 'not there'}; expected a Hugging Face "
+            f"GPT-2 directory; {MERGE_ADAPTER if is_adapter else 'check the path or the hub name'}"
         )
     with open(file, "rb") as f:
         text = f.read(LARGEST_JSON + 1)
@@ -830,9 +816,7 @@ def _read_json(file: Path) -> dict:
         if not isinstance(values, dict):
             raise ValueError(f"a {type(values).__name__}")
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise UserError(
-            f"{file}: {error}", expected="a JSON object", remedy="fetch the file again"
-        ) from None
+        raise UserError(f"{file}: {error}; expected a JSON object; fetch the file again") from None
     return values
 
 
@@ -871,9 +855,8 @@ def _config_file(name_or_dir: str | os.PathLike) -> Path:
         return place / "config.json"
     if place.exists():
         raise UserError(
-            f"{place}: a file",
-            expected="a directory with config.json and model.safetensors",
-            remedy="name the directory",
+            f"{place}: a file; expected a directory with config.json and model.safetensors; name "
+            "the directory"
         )
     return _download(str(name_or_dir), "config.json")
 
@@ -928,9 +911,8 @@ def _download(
 
 def _download_error(name: str, found: str, remedy: str) -> UserError:
     return UserError(
-        f"{_plain(name)}: {found}",
-        expected="a local directory, or a GPT-2 with safetensors weights on the hub",
-        remedy=remedy,
+        f"{_plain(name)}: {found}; expected a local directory, or a GPT-2 with safetensors weights "
+        f"on the hub; {remedy}"
     )
 
 

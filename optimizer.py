@@ -252,9 +252,8 @@ def load_optimizer_tensors(
         found = tuple(tensors[name].shape) if name in tensors else "nothing"
         if wanted != found:
             raise UserError(
-                f"saved optimizer state: {found} under {name}",
-                expected=f"{wanted}",
-                remedy="go on with the optimizer and the model that the state was saved with",
+                f"saved optimizer state: {found} under {name}; expected {wanted}; go on with the "
+                "optimizer and the model that the state was saved with"
             )
     for name, (state, kind, parameter) in places.items():
         state[kind] = tensors[name].to(parameter.device, copy=True)

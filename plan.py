@@ -217,16 +217,14 @@ def plan_for(
     peaks = {name.lower(): flops for name, flops in PEAK_FLOPS.items()}
     if gpu.lower() not in peaks:
         raise UserError(
-            f"{gpu!r}: no datasheet figure is known for a GPU of that name",
-            expected=f"one of {', '.join(sorted(peaks))}",
-            remedy="name the one whose speed is nearest",
+            f"{gpu!r}: no datasheet figure is known for a GPU of that name; expected one of "
+            f"{', '.join(sorted(peaks))}; name the one whose speed is nearest"
         )
     sequences = batch_tokens // c.block_size
     if gpus < 1 or sequences % gpus:
         raise UserError(
-            f"{sequences} sequences a step cannot be divided among {gpus} GPUs",
-            expected=f"a number of GPUs that divides {sequences}",
-            remedy="change the number of GPUs or the tokens in a batch",
+            f"{sequences} sequences a step cannot be divided among {gpus} GPUs; expected a number "
+            f"of GPUs that divides {sequences}; change the number of GPUs or the tokens in a batch"
         )
     rt = Runtime(0, gpus, torch.device("cuda"), torch.bfloat16)
     peak = peaks[gpu.lower()]

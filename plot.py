@@ -80,9 +80,8 @@ def find_runs(folders: list[Path], say: Callable[[str], None] = cli.say) -> list
         runs += [run for run in found if run not in runs]
     if not runs:
         raise UserError(
-            f"{', '.join(map(str, folders)) or 'no folder'}: no log.jsonl in it or below it",
-            expected="run directories, or folders of them",
-            remedy="for example runs/first-run",
+            f"{', '.join(map(str, folders)) or 'no folder'}: no log.jsonl in it or below it; "
+            "expected run directories, or folders of them; for example runs/first-run"
         )
     return runs
 
@@ -127,9 +126,7 @@ def read_log(folder: Path, say: Callable[[str], None]) -> dict[str, Curve]:
     """The curves in log.jsonl, by event. Lines that are torn or foreign are counted and said."""
     file = folder / "log.jsonl"
     if not file.is_file():
-        raise UserError(
-            f"{file}: not there", expected="a run directory", remedy="name one below runs/"
-        )
+        raise UserError(f"{file}: not there; expected a run directory; name one below runs/")
     points: dict[str, list[tuple[float, float]]] = {event: [] for event in VALUE_OF_EVENT}
     passed_over = 0
     for line in read_lines(file):
@@ -265,9 +262,8 @@ def draw_curves(folders: list[Path], file: Path, say: Callable[[str], None] = cl
         kind = file.suffix.removeprefix(".").lower()
         if kind not in kinds:
             raise UserError(
-                f"{file}: its suffix names no kind of picture",
-                expected=f"one of {', '.join(sorted(kinds))}",
-                remedy="for example curves.png",
+                f"{file}: its suffix names no kind of picture; expected one of "
+                f"{', '.join(sorted(kinds))}; for example curves.png"
             )
         picture = io.BytesIO()
         figure.savefig(picture, format=kind)

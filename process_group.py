@@ -74,9 +74,8 @@ def start_process_group(
         except RuntimeError as error:
             raise LostContact(
                 f"rank {rank} on {socket.gethostname()} has no connection to the other ranks "
-                f"({first_line(error)})",
-                expected="each machine to reach all others",
-                remedy=f"name the network with GLOO_SOCKET_IFNAME; {WHAT_TO_CHECK}",
+                f"({first_line(error)}); expected each machine to reach all others; name the "
+                f"network with GLOO_SOCKET_IFNAME; {WHAT_TO_CHECK}"
             ) from None
 
 
@@ -93,9 +92,8 @@ def place_in_environment() -> tuple[int, int]:
     number_in_environment("LOCAL_RANK", "0", "the number of this process on its machine")
     if rank >= world_size:  # also where WORLD_SIZE is 0
         raise UserError(
-            f"RANK is {rank}, and WORLD_SIZE is {world_size}",
-            expected="ranks from 0 to WORLD_SIZE - 1",
-            remedy="start the ranks with torchrun, or unset both",
+            f"RANK is {rank}, and WORLD_SIZE is {world_size}; expected ranks from 0 to WORLD_SIZE "
+            "- 1; start the ranks with torchrun, or unset both"
         )
     return rank, world_size
 
@@ -104,9 +102,8 @@ def number_in_environment(name: str, default: str, expected: str) -> int:
     value = os.environ.get(name, default)
     if not re.fullmatch("[0-9]{1,7}", value):
         raise UserError(
-            f"{name} is {value[:80]!r}",
-            expected=expected,
-            remedy="start the ranks with torchrun, which sets it, or unset RANK and WORLD_SIZE",
+            f"{name} is {value[:80]!r}; expected {expected}; start the ranks with torchrun, which "
+            "sets it, or unset RANK and WORLD_SIZE"
         )
     return int(value)
 
@@ -121,10 +118,9 @@ def refuse_launchers_without_ranks() -> None:
         tasks = os.environ.get(name, "")
         if re.fullmatch("[0-9]{1,7}", tasks) and int(tasks) > 1:
             raise UserError(
-                f"{launcher} has started {tasks} processes, without torchrun",
-                expected="one torchrun on each node, which starts the ranks",
-                remedy="see docs/scaling.md, section Slurm; where each process shall be a run of "
-                "its own, set WORLD_SIZE=1",
+                f"{launcher} has started {tasks} processes, without torchrun; expected one "
+                "torchrun on each node, which starts the ranks; see docs/scaling.md, section "
+                "Slurm; where each process shall be a run of its own, set WORLD_SIZE=1"
             )
 
 
@@ -134,9 +130,8 @@ def address_of_store() -> tuple[str, int]:
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, MASTER_ADDR is {host!r} and MASTER_PORT "
-            f"{port[:80]!r}",
-            expected="the address at which the ranks meet, as torchrun sets it",
-            remedy="start the ranks with torchrun, or unset WORLD_SIZE",
+            f"{port[:80]!r}; expected the address at which the ranks meet, as torchrun sets it; "
+            "start the ranks with torchrun, or unset WORLD_SIZE"
         )
     return host, int(port)
 
@@ -179,9 +174,8 @@ def connect(host: str, port: int, rank: int) -> dist.Store:
     wait(lambda: bool(outcome), what, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     if isinstance(outcome[0], RuntimeError):
         raise LostContact(
-            f"no store at {host}:{port} ({first_line(outcome[0])})",
-            expected="a free port on rank 0's machine, which the other ranks can reach",
-            remedy=WHAT_TO_CHECK,
+            f"no store at {host}:{port} ({first_line(outcome[0])}); expected a free port on rank "
+            f"0's machine, which the other ranks can reach; {WHAT_TO_CHECK}"
         )
     return outcome[0]
 
@@ -224,9 +218,8 @@ def check_has_not_failed(store: dist.Store, rank: int) -> None:
     """Raises what the rank has left by `leave_word`, and so ends the restarts here, too."""
     if store.check([f"failed/{rank}"]):
         raise UserError(
-            store.get(f"failed/{rank}").decode(errors="replace"),
-            expected="each rank to come to the meeting",
-            remedy="start all ranks with one command",
+            f"{store.get(f'failed/{rank}').decode(errors='replace')}; expected each rank to come "
+            "to the meeting; start all ranks with one command"
         )
 
 
@@ -295,14 +288,13 @@ def wait(is_done: Callable[[], bool], what: Callable[[], str], speaks: bool) -> 
                 return
         except RuntimeError as error:  # the store has gone
             raise LostContact(
-                f"{what()} ({first_line(error)})", expected="the store", remedy=WHAT_TO_CHECK
+                f"{what()} ({first_line(error)}); expected the store; {WHAT_TO_CHECK}"
             ) from None
         waited = time.monotonic() - began
         if waited > MEETING_SECONDS:
             raise LostContact(
-                f"after {MEETING_SECONDS} s {what()}",
-                expected="all ranks to be started within that time",
-                remedy=WHAT_TO_CHECK,
+                f"after {MEETING_SECONDS} s {what()}; expected all ranks to be started within that "
+                f"time; {WHAT_TO_CHECK}"
             )
         if speaks and waited > next_word:
             cli.say(what())
@@ -405,9 +397,8 @@ def check_main_has_not_left(store: dist.Store) -> None:
     """For who waits for what rank 0 does alone: a rank that was stopped there is not missed."""
     if store.get("heartbeat/0").decode() == LEFT:
         raise LostContact(
-            "rank 0 has ended",
-            expected="it to finish what the others wait for",
-            remedy="look for what it said before it ended",
+            "rank 0 has ended; expected it to finish what the others wait for; look for what it "
+            "said before it ended"
         )
 
 

@@ -117,9 +117,8 @@ class RunDirectory:
         if not may_hold_run and (is_run(self.folder) or step_directories(self.folder)):
             self._lock.close()
             raise UserError(
-                f"{self.folder}: holds a run",
-                expected="a new directory",
-                remedy="continue that run with --resume, or choose another --out",
+                f"{self.folder}: holds a run; expected a new directory; continue that run with "
+                "--resume, or choose another --out"
             )
 
     def begin(self, config: dict, device: torch.device) -> None:
@@ -142,9 +141,8 @@ class RunDirectory:
         if checkpoint is None:
             if step_directories(self.folder):
                 raise UserError(
-                    f"{self.folder}: none of its checkpoints is valid",
-                    expected="at least one to continue from",
-                    remedy="restore one, or start a new run in another directory",
+                    f"{self.folder}: none of its checkpoints is valid; expected at least one to "
+                    "continue from; restore one, or start a new run in another directory"
                 )
             return None
         check_train_json(self.folder, checkpoint)
@@ -335,9 +333,8 @@ def check_finite(place: str, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
             raise UserError(
-                f"{place}: {name} holds NaN or Inf",
-                expected="finite weights and moments",
-                remedy="continue from an earlier checkpoint with a lower learning rate",
+                f"{place}: {name} holds NaN or Inf; expected finite weights and moments; continue "
+                "from an earlier checkpoint with a lower learning rate"
             )
 
 
@@ -401,28 +398,24 @@ def read_state(folder: Path) -> dict:
     state = read_json(file, STATE)
     if state["schema"] != SCHEMA:
         raise UserError(
-            f"{file}: schema {state['schema']}",
-            expected=f"schema {SCHEMA}",
-            remedy="use the version of this program that wrote it",
+            f"{file}: schema {state['schema']}; expected schema {SCHEMA}; use the version of this "
+            "program that wrote it"
         )
     if state["step"] != step_number(folder):
         raise UserError(
-            f"{file}: step {state['step']}",
-            expected=f"the step in the directory's name, {folder.name}",
-            remedy="use another checkpoint",
+            f"{file}: step {state['step']}; expected the step in the directory's name, "
+            f"{folder.name}; use another checkpoint"
         )
     spikes = state.get("spikes", {"losses": [], "left_out": 0})
     if not 0 <= spikes["left_out"] <= state["step"]:
         raise UserError(
-            f"{file}: {spikes['left_out']} updates left out",
-            expected=f"at most as many as steps, {state['step']}",
-            remedy="use another checkpoint",
+            f"{file}: {spikes['left_out']} updates left out; expected at most as many as steps, "
+            f"{state['step']}; use another checkpoint"
         )
     if any(abs(loss) > torch.finfo(torch.float32).max for loss in spikes["losses"]):
         raise UserError(
-            f"{file}: a loss of {max(spikes['losses'], key=abs)}",
-            expected="float32 numbers",
-            remedy="use another checkpoint",
+            f"{file}: a loss of {max(spikes['losses'], key=abs)}; expected float32 numbers; use "
+            "another checkpoint"
         )
     return state
 
@@ -432,18 +425,15 @@ def read_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
     file = folder / "optimizer.safetensors"
     if not file.exists():
         raise UserError(
-            f"{file}: not there",
-            expected="the optimizer's state beside the weights",
-            remedy="start a new run from these weights instead of continuing the old one",
+            f"{file}: not there; expected the optimizer's state beside the weights; start a new "
+            "run from these weights instead of continuing the old one"
         )
     check_optimizer_header(file, read_config(folder))
     try:
         return load_file(file)
     except SafetensorError as error:
         raise UserError(
-            f"{file}: {error}",
-            expected="a safetensors file",
-            remedy="use another checkpoint",
+            f"{file}: {error}; expected a safetensors file; use another checkpoint"
         ) from None
 
 
@@ -460,9 +450,8 @@ def check_optimizer_header(file: Path, config: GPTConfig) -> None:
         found = (entry["dtype"], entry["shape"])
         if kind not in kinds or found != ("F32", shapes.get(parameter)):
             raise UserError(
-                f"{file}: {name[:200]!r} is {entry['dtype']} of shape {entry['shape'][:9]}",
-                expected="the moments of the model's parameters, as F32",
-                remedy="use another checkpoint",
+                f"{file}: {name[:200]!r} is {entry['dtype']} of shape {entry['shape'][:9]}; "
+                "expected the moments of the model's parameters, as F32; use another checkpoint"
             )
 
 
@@ -470,9 +459,9 @@ def check_train_json(run: Path, checkpoint: Path) -> None:
     """Refuse a configuration that was edited after the checkpoint was saved."""
     if file_sha256(run / "train.json") != read_state(checkpoint)["train_json"]:
         raise UserError(
-            f"{run / 'train.json'}: changed since {checkpoint.name} was saved",
-            expected="the configuration that the checkpoint was trained with",
-            remedy="restore it, or start a new run from the checkpoint's weights",
+            f"{run / 'train.json'}: changed since {checkpoint.name} was saved; expected the "
+            "configuration that the checkpoint was trained with; restore it, or start a new run "
+            "from the checkpoint's weights"
         )
 
 
@@ -510,9 +499,8 @@ def refuse_inside_checkpoint(folder: Path) -> None:
     for parent in (place, *place.parents):
         if (parent / "manifest.json").exists() and (parent / "state.json").exists():
             raise UserError(
-                f"{folder}: inside the checkpoint {parent}",
-                expected="a directory of its own for the run",
-                remedy="choose another --out",
+                f"{folder}: inside the checkpoint {parent}; expected a directory of its own for "
+                "the run; choose another --out"
             )
 
 
@@ -533,9 +521,8 @@ def newest_run(root: Path = Path("runs")) -> Path:
     runs = [run for run in root.glob("*/") if is_run(run) and step_directories(run)]
     if not runs:
         raise UserError(
-            f"{root}: no run with a checkpoint",
-            expected="a training run",
-            remedy="train one with train_gpt2.py, or name a model with --model",
+            f"{root}: no run with a checkpoint; expected a training run; train one with "
+            "train_gpt2.py, or name a model with --model"
         )
 
     def last_written(run: Path) -> float:
@@ -556,27 +543,22 @@ def resolve_model(name: str | None, warn: Callable[[str], None] = print) -> str:
     is_there = place.is_file() or any(place.glob("*.json"))
     if is_run(place.parent) and not is_there:
         steps = [folder.name for folder in step_directories(place.parent)]
+        expected = f"one of {', '.join(steps)}" if steps else "a run that has saved one"
         raise UserError(
-            f"{place}: no such checkpoint",
-            expected=f"one of {', '.join(steps)}" if steps else "a run that has saved one",
-            remedy="check the name, or name the run alone",
+            f"{place}: no such checkpoint; expected {expected}; check the name, or name the run alone"
         )
     if place.parts[:1] == ("runs",) and not is_there:
         runs = sorted(str(run) for run in Path("runs").glob("*") if is_run(run))
-        raise UserError(
-            f"{place}: no such run",
-            expected=f"one of {', '.join(runs)}" if runs else "a run that train_gpt2.py has made",
-            remedy="check the name",
-        )
+        expected = f"one of {', '.join(runs)}" if runs else "a run that train_gpt2.py has made"
+        raise UserError(f"{place}: no such run; expected {expected}; check the name")
     if is_run(place):
         return str(checkpoint_to_load(place, warn))
     if (place / "manifest.json").exists():
         fault = fault_of(place, MODEL_FILES)
         if fault:
             raise UserError(
-                f"{place}: {fault}",
-                expected="the files that its manifest.json lists",
-                remedy="use another checkpoint of the run",
+                f"{place}: {fault}; expected the files that its manifest.json lists; use another "
+                "checkpoint of the run"
             )
     return str(place)
 
@@ -593,9 +575,8 @@ def checkpoint_to_load(run: Path, warn: Callable[[str], None]) -> Path:
             return folder
         warn(f"warning: {folder}: {fault}; using another checkpoint")
     raise UserError(
-        f"{run}: no valid checkpoint",
-        expected="at least one step directory",
-        remedy="train it further with train_gpt2.py --resume",
+        f"{run}: no valid checkpoint; expected at least one step directory; train it further with "
+        "train_gpt2.py --resume"
     )
 
 
@@ -623,9 +604,8 @@ def encoding_of(config: GPTConfig, picked: str) -> tiktoken.Encoding:
         name = read_json(file, {"encoding?": (str, type(None))}).get("encoding")
     if name is not None and name not in ENCODINGS:
         raise UserError(
-            f"{file}: encoding {name[:80]!r}",
-            expected=f"one of {', '.join(ENCODINGS)}",
-            remedy="use a model that reads one of them",
+            f"{file}: encoding {name[:80]!r}; expected one of {', '.join(ENCODINGS)}; use a model "
+            "that reads one of them"
         )
     encoding = encoding_for(config.vocab_size, name, picked)
     if Path(picked).is_dir():

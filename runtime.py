@@ -193,9 +193,9 @@ def refuse_foreign_cache() -> None:
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
         raise UserError(
-            f"{folder}: another user may write there, and torch.compile runs what is in it",
-            expected="a folder of your own",
-            remedy="remove it, set TORCHINDUCTOR_CACHE_DIR to another, or use --no-compile",
+            f"{folder}: another user may write there, and torch.compile runs what is in it; "
+            "expected a folder of your own; remove it, set TORCHINDUCTOR_CACHE_DIR to another, or "
+            "use --no-compile"
         )
 
 
@@ -249,18 +249,17 @@ def choose_device(name: str) -> torch.device:
         available.insert(0, "cuda")
     elif name == "auto" and torch.version.cuda and Path("/dev/nvidia0").exists():
         raise UserError(
-            "there is an NVIDIA GPU, but CUDA does not start",
-            expected=f"a driver for CUDA {torch.version.cuda}, which this torch was built for",
-            remedy="update the driver, install a torch built for it, or use --device cpu",
+            "there is an NVIDIA GPU, but CUDA does not start; expected a driver for CUDA "
+            f"{torch.version.cuda}, which this torch was built for; update the driver, install a "
+            "torch built for it, or use --device cpu"
         )
     if name == "auto":
         name = available[0]
     kind, colon, number = name.partition(":")
     if kind not in available or (colon and not re.fullmatch("[0-9]{1,2}", number)):
         raise UserError(
-            f"--device {name} is not available",
-            expected=f"one of {', '.join(available)}",
-            remedy="choose one of them, or install a build of torch for it",
+            f"--device {name} is not available; expected one of {', '.join(available)}; choose one "
+            "of them, or install a build of torch for it"
         )
     return torch.device(name)
 
@@ -271,23 +270,22 @@ def cuda_device_of_rank(device: torch.device) -> torch.device:
     count = torch.cuda.device_count()
     if index >= count and "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"--device {device} is not available",
-            expected=f"a GPU below {count}, the number of this machine's GPUs",
-            remedy="choose one of them",
+            f"--device {device} is not available; expected a GPU below {count}, the number of this "
+            "machine's GPUs; choose one of them"
         )
     if index >= count:
         raise UserError(
-            f"process {index} of this machine has no GPU: there are {count}",
-            expected="a GPU for each process",
-            remedy=f"start torchrun with --nproc_per_node={count}, or train with --device cpu",
+            f"process {index} of this machine has no GPU: there are {count}; expected a GPU for "
+            f"each process; start torchrun with --nproc_per_node={count}, or train with --device "
+            "cpu"
         )
     device = torch.device("cuda", index)
     major, minor = torch.cuda.get_device_capability(device)
     if not has_kernels_for(major, minor, torch.cuda.get_arch_list()):
         raise UserError(
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}",
-            expected=f"one that this torch was built for: {' '.join(torch.cuda.get_arch_list())}",
-            remedy="install a torch that was built for it, or use --device cpu",
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "
+            f"expected one that this torch was built for: {' '.join(torch.cuda.get_arch_list())}; "
+            "install a torch that was built for it, or use --device cpu"
         )
     return device
 
@@ -316,9 +314,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and device.type == "mps" and torch_version() < (2, 13):
         # Its attention sees future tokens there (pytorch #195910).
         raise UserError(
-            f"bfloat16 on MPS with torch {torch.__version__}",
-            expected="torch 2.13 or later",
-            remedy="update torch, or use float32",
+            f"bfloat16 on MPS with torch {torch.__version__}; expected torch 2.13 or later; update "
+            "torch, or use float32"
         )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 

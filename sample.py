@@ -91,19 +91,14 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Raise UserError unless `next_token` can draw with these settings."""
     if not 0 <= temperature < math.inf:
         raise UserError(
-            f"temperature {temperature}",
-            expected="a number from 0 (the likeliest token) up",
-            remedy="0.8 is a good start",
+            f"temperature {temperature}; expected a number from 0 (the likeliest token) up; 0.8 is "
+            "a good start"
         )
     if top_k is not None and top_k < 1:
-        raise UserError(
-            f"top_k {top_k}", expected="1 or more", remedy="use None to draw from all tokens"
-        )
+        raise UserError(f"top_k {top_k}; expected 1 or more; use None to draw from all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(
-            f"top_p {top_p}",
-            expected="above 0 and at most 1",
-            remedy="use None to draw from all tokens",
+            f"top_p {top_p}; expected above 0 and at most 1; use None to draw from all tokens"
         )
 
 
@@ -273,16 +268,15 @@ def encode_prompt(
     longest_space = max(map(len, re.findall(r"\s+", prompt)), default=0)
     if longest_space > LONGEST_SPACE:
         raise UserError(
-            f"the prompt has {longest_space:,} spaces in a row",
-            expected=f"at most {LONGEST_SPACE:,}",
-            remedy="shorten the prompt",
+            f"the prompt has {longest_space:,} spaces in a row; expected at most "
+            f"{LONGEST_SPACE:,}; shorten the prompt"
         )
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     if max(ids) >= model.config.vocab_size:
         raise UserError(
-            f"the prompt has token {max(ids)}",
-            expected=f"tokens below the model's vocab_size {model.config.vocab_size}",
-            remedy=f"use a model that was trained with the {encoding.name} encoding",
+            f"the prompt has token {max(ids)}; expected tokens below the model's vocab_size "
+            f"{model.config.vocab_size}; use a model that was trained with the {encoding.name} "
+            "encoding"
         )
     return torch.tensor(ids, device=model.device).repeat(batch_size, 1)
 
@@ -443,9 +437,8 @@ class SampleConfig:
         ]:
             if not least <= value <= most:
                 raise UserError(
-                    f"{flag} {value}",
-                    expected=f"a number from {least} to {most}",
-                    remedy="choose one in that range",
+                    f"{flag} {value}; expected a number from {least} to {most}; choose one in that "
+                    "range"
                 )
 
 

@@ -162,9 +162,8 @@ def check_column(name: str, text_column: str, columns: list[str]) -> None:
         shown = ", ".join(str(column)[:80] for column in columns[:50])
         raise UserError(
             f"{name}, --text-column {text_column}: "
-            + ("several columns" if text_column in columns else "no such column"),
-            expected=f"one of {shown}",
-            remedy="choose the one with the text",
+            f"{'several columns' if text_column in columns else 'no such column'}; expected one of "
+            f"{shown}; choose the one with the text"
         )
 
 
@@ -179,9 +178,8 @@ def check_text_column(name: str, text_column: str, schema: Any) -> None:
     kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     if not any(is_kind(of) for is_kind in kinds):
         raise UserError(
-            f"{name}, --text-column {text_column}: holds {str(found)[:80]}",
-            expected="a column of text",
-            remedy="choose the one with the text",
+            f"{name}, --text-column {text_column}: holds {str(found)[:80]}; expected a column of "
+            "text; choose the one with the text"
         )
 
 
@@ -213,9 +211,9 @@ def check_unpacked(name: str, size: int, limits: tuple[int, float], unpacked: in
     """Raise UserError if what takes `size` bytes in a file is beyond reason when unpacked."""
     if unpacked > most(size, limits):
         raise UserError(
-            f"{name}: {size:,} bytes unpack to {unpacked:,} or more",
-            expected=f"at most {most(size, limits):,.0f}",
-            remedy="leave it out, or unpack it by other means and see what it holds",
+            f"{name}: {size:,} bytes unpack to {unpacked:,} or more; expected at most "
+            f"{most(size, limits):,.0f}; leave it out, or unpack it by other means and see what it "
+            "holds"
         )
 
 
@@ -250,10 +248,9 @@ def kind_and_compression(file: str) -> tuple[str, str | None]:
     is_table = kind in (".parquet", ".arrow")
     if NOT_TEXT.fullmatch(kind) or (is_table and compression):
         raise UserError(
-            f"{file}: {''.join(suffixes[-1:])} files cannot be read"
-            + (" compressed" if is_table else ""),
-            expected="text, .jsonl, .json, .csv, .tsv, .parquet or .arrow",
-            remedy="convert it to one of these, or leave it out",
+            f"{file}: {''.join(suffixes[-1:])} files cannot be "
+            f"read{' compressed' if is_table else ''}; expected text, .jsonl, .json, .csv, .tsv, "
+            ".parquet or .arrow; convert it to one of these, or leave it out"
         )
     return kind, compression
 
@@ -281,9 +278,8 @@ def files_of(pattern: str) -> list[str]:
     if not found:
         exists = os.path.lexists(pattern)
         raise UserError(
-            f"{pattern}: {'nothing to read' if exists else 'no such file'}",
-            expected=expected,
-            remedy="check the path; put a glob in quotes, for example 'folder/**/*.txt'",
+            f"{pattern}: {'nothing to read' if exists else 'no such file'}; expected {expected}; "
+            "check the path; put a glob in quotes, for example 'folder/**/*.txt'"
         )
     return found
 
@@ -341,9 +337,8 @@ def file_and_place(position: Any) -> tuple[int, int]:
     numbers = (position.get("file"), position.get("at"))
     if any(type(number) is not int or number < 0 for number in numbers):
         raise UserError(
-            f"manifest.partial.json: position {str(position)[:80]}",
-            expected="a file and a place in it",
-            remedy="remove the directory, or choose another --out",
+            f"manifest.partial.json: position {str(position)[:80]}; expected a file and a place in "
+            "it; remove the directory, or choose another --out"
         )
     return numbers
 
@@ -401,9 +396,7 @@ def naming_the_file(file: str, *errors: type[Exception]) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{file}: {reason}",
-            expected="a whole, readable file",
-            remedy="mend it or leave it out of --input",
+            f"{file}: {reason}; expected a whole, readable file; mend it or leave it out of --input"
         ) from None
 
 
@@ -521,9 +514,8 @@ def read_array_or_lines(
                     yield Row(document, number, fraction_read(stream))
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{file}: not JSON ({str(error)[:200]})",
-                expected="an array of objects or strings, or an object on each line",
-                remedy="mend it or leave it out of --input",
+                f"{file}: not JSON ({str(error)[:200]}); expected an array of objects or strings, "
+                "or an object on each line; mend it or leave it out of --input"
             ) from None
 
 
@@ -818,9 +810,9 @@ def read_footer(opened: BinaryIO, name: str, text_column: str) -> tuple[int, lis
     length = int.from_bytes(opened.read(tail)[-8:-4], "little")
     if length > most(size, MOST_FOOTER):
         raise UserError(
-            f"{name}: a footer of {length:,} bytes in {size:,}",
-            expected=f"at most {most(size, MOST_FOOTER):,.0f}",
-            remedy="leave it out, or write it anew with fewer columns and row groups",
+            f"{name}: a footer of {length:,} bytes in {size:,}; expected at most "
+            f"{most(size, MOST_FOOTER):,.0f}; leave it out, or write it anew with fewer columns "
+            "and row groups"
         )
     opened.seek(max(0, size - 8 - length))
     try:
@@ -828,9 +820,7 @@ def read_footer(opened: BinaryIO, name: str, text_column: str) -> tuple[int, lis
         return size, [columns_of(group, text_column) for group in footer.get(4, [])]
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
         raise UserError(
-            f"{name}: a damaged footer",
-            expected="a parquet file",
-            remedy="mend it or leave it out",
+            f"{name}: a damaged footer; expected a parquet file; mend it or leave it out"
         ) from None
 
 
@@ -896,9 +886,8 @@ def read_page_header(opened: BinaryIO, start: int, name: str) -> Page:
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             break
     raise UserError(
-        f"{name}: no page of a column begins at byte {start:,}",
-        expected="a parquet file",
-        remedy="mend it or leave it out",
+        f"{name}: no page of a column begins at byte {start:,}; expected a parquet file; mend it "
+        "or leave it out"
     )
 
 
@@ -987,9 +976,8 @@ def dataset_source(config: SourceConfig, revision: str) -> Source:
         splits = builder.info.splits or {}
         if config.split not in (data_files or splits):
             raise UserError(
-                f"--split {config.split}: no such split",
-                expected=f"one of {', '.join(map(str, data_files or splits))[:1000]}",
-                remedy="choose one of them",
+                f"--split {config.split}: no such split; expected one of "
+                f"{', '.join(map(str, data_files or splits))[:1000]}; choose one of them"
             )
         urls = list(data_files.get(config.split, []))
         refuse_files_elsewhere(config, urls)
@@ -1006,9 +994,8 @@ def refuse_files_elsewhere(config: SourceConfig, urls: Iterable[str]) -> None:
     for url in urls:
         if not url.startswith(f"hf://datasets/{config.dataset}@"):
             raise UserError(
-                f"--dataset {config.dataset}: names the file {url[:200]}",
-                expected="files of its own repository",
-                remedy="do not use it: this reaches for what is not its own",
+                f"--dataset {config.dataset}: names the file {url[:200]}; expected files of its "
+                "own repository; do not use it: this reaches for what is not its own"
             )
 
 
@@ -1094,10 +1081,9 @@ def on_hub(config: SourceConfig, say: Callable, action: Callable[[], Any]) -> An
             if attempt == RETRIES or not may_pass(error):
                 reason = without_secrets(" ".join(str(error).split()))[:300]
                 raise UserError(
-                    f"{config.source_name} --revision {config.revision}: "
-                    f"{type(error).__name__}: {reason}",
-                    expected="to read it from the hub",
-                    remedy="check the names and the connection, then run the same command again",
+                    f"{config.source_name} --revision {config.revision}: {type(error).__name__}: "
+                    f"{reason}; expected to read it from the hub; check the names and the "
+                    "connection, then run the same command again"
                 ) from error
             say(f"the hub did not answer ({type(error).__name__}), trying again in {2**attempt} s")
             time.sleep(2**attempt)

@@ -59,18 +59,15 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         )
     if name != "gpt2":
         raise UserError(
-            f"encoding {name!r}",
-            expected=f"one of {', '.join(ENCODINGS)}",
-            remedy="choose one of them",
+            f"encoding {name!r}; expected one of {', '.join(ENCODINGS)}; choose one of them"
         )
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
         raise UserError(
-            f"the gpt2 vocabulary could not be downloaded ({type(error).__name__})",
-            expected="a connection or a filled cache",
-            remedy="connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's "
-            "gpt2 files, or use the tokenizer bytes",
+            f"the gpt2 vocabulary could not be downloaded ({type(error).__name__}); expected a "
+            "connection or a filled cache; connect once, or set TIKTOKEN_CACHE_DIR to a folder "
+            "that holds tiktoken's gpt2 files, or use the tokenizer bytes"
         ) from None
 
 
@@ -85,19 +82,17 @@ def encoding_for(vocab_size: int, name: str | None, place: str) -> tiktoken.Enco
         size = get_encoding(name).n_vocab
         if vocab_size < size:
             raise UserError(
-                f"{place}: {vocab_size:,} rows for the encoding {name!r}",
-                expected=f"at least {size:,}",
-                remedy="use a model that was trained with this encoding",
+                f"{place}: {vocab_size:,} rows for the encoding {name!r}; expected at least "
+                f"{size:,}; use a model that was trained with this encoding"
             )
         return get_encoding(name)
     for known, size in ENCODINGS.items():
         if vocab_size == size:
             return get_encoding(known)
     raise UserError(
-        f"{place}: a vocabulary of {vocab_size:,} tokens",
-        expected="50257 (gpt2) or 257 (bytes)",
-        remedy="if tokens were added to GPT-2's, remove them in transformers with "
-        "model.resize_token_embeddings(50257) and save it again",
+        f"{place}: a vocabulary of {vocab_size:,} tokens; expected 50257 (gpt2) or 257 (bytes); if "
+        "tokens were added to GPT-2's, remove them in transformers with "
+        "model.resize_token_embeddings(50257) and save it again"
     )
 
 
@@ -176,18 +171,18 @@ def _check_vocabulary(file: Path, found: dict[str, int], expected: dict[str, int
     of_encoding = {token: i for token, i in found.items() if i < len(expected)}
     if of_encoding != expected:
         raise UserError(
-            f"{file}: a vocabulary of {len(found):,} tokens that is not this encoding's",
-            expected=f"the {len(expected):,} tokens of the encoding in their order",
-            remedy="this model has a tokenizer of another kind and cannot be used here",
+            f"{file}: a vocabulary of {len(found):,} tokens that is not this encoding's; expected "
+            f"the {len(expected):,} tokens of the encoding in their order; this model has a "
+            "tokenizer of another kind and cannot be used here"
         )
 
 
 def _check_merges(file: Path, found: list[str], encoding: tiktoken.Encoding) -> None:
     if found != _merges(encoding):
         raise UserError(
-            f"{file}: {len(found):,} merges that are not this encoding's",
-            expected=f"the {len(_merges(encoding)):,} merges of {encoding.name}",
-            remedy="this model has a tokenizer of another kind and cannot be used here",
+            f"{file}: {len(found):,} merges that are not this encoding's; expected the "
+            f"{len(_merges(encoding)):,} merges of {encoding.name}; this model has a tokenizer of "
+            "another kind and cannot be used here"
         )
 
 
@@ -279,9 +274,8 @@ def add_downloaded_shard(download: Path, file: Path, sha256: str | None) -> dict
     digest = file_sha256(download)
     if sha256 is not None and sha256 != digest:
         raise UserError(
-            f"{file}: sha256 {digest}",
-            expected=sha256,
-            remedy="the download was damaged: run the same command again",
+            f"{file}: sha256 {digest}; expected {sha256}; the download was damaged: run the same "
+            "command again"
         )
     os.replace(download, file)
     sync(file.parent)
@@ -314,9 +308,8 @@ class Shard:
             offset, count = _bin_header(path, start)
         if count < 0 or size != offset + 2 * count:
             raise UserError(
-                f"{path}: {size:,} bytes",
-                expected=f"{offset + 2 * count:,} bytes for {count:,} tokens",
-                remedy="the file is truncated or damaged: prepare or fetch it again",
+                f"{path}: {size:,} bytes; expected {offset + 2 * count:,} bytes for {count:,} "
+                "tokens; the file is truncated or damaged: prepare or fetch it again"
             )
         return cls(path, offset, count)
 
@@ -326,9 +319,8 @@ def _bin_header(path: Path, start: bytes) -> tuple[int, int]:
     magic, version, count = struct.unpack("<3i", start[:12].ljust(12, b"\0"))
     if magic != MAGIC or version != VERSION:
         raise UserError(
-            f"{path}: header {[magic, version, count]}",
-            expected=f"a shard with magic {MAGIC} and version {VERSION}",
-            remedy="prepare the data again with fineweb.py",
+            f"{path}: header {[magic, version, count]}; expected a shard with magic {MAGIC} and "
+            f"version {VERSION}; prepare the data again with fineweb.py"
         )
     return HEADER_BYTES, count
 
@@ -350,9 +342,8 @@ def _npy_header(path: Path, start: bytes) -> tuple[int, int]:
     )
     if not length_bytes or match is None:
         raise UserError(
-            f"{path}: header {header[:100]!r}",
-            expected="a .npy array of one dimension of uint16",
-            remedy="fetch the file again, or prepare the data with fineweb.py",
+            f"{path}: header {header[:100]!r}; expected a .npy array of one dimension of uint16; "
+            "fetch the file again, or prepare the data with fineweb.py"
         )
     return header_end, int(match[1])
 
@@ -395,9 +386,8 @@ def _read_tokens(shard: Shard, first: int, count: int) -> np.ndarray:
         found = np.fromfile(shard.path, dtype="<u2", count=count, offset=offset)
     if len(found) < count:
         raise UserError(
-            f"{shard.path}: ends at token {first + len(found):,}",
-            expected=f"{shard.count:,} tokens, as when it was opened",
-            remedy="it was changed while it was in use: restore it",
+            f"{shard.path}: ends at token {first + len(found):,}; expected {shard.count:,} tokens, "
+            "as when it was opened; it was changed while it was in use: restore it"
         )
     return found
 
@@ -433,9 +423,9 @@ class TokenArray:
             part = _read_tokens(shard, first, count)
             if part.max() >= self.vocab_size:
                 raise UserError(
-                    f"{shard.path}: token {part.max()} near position {first:,}",
-                    expected=f"tokens below {self.vocab_size}",
-                    remedy="the file is damaged or of another encoding: prepare it again",
+                    f"{shard.path}: token {part.max()} near position {first:,}; expected tokens "
+                    f"below {self.vocab_size}; the file is damaged or of another encoding: prepare "
+                    "it again"
                 )
             result[filled : filled + len(part)] = part
             filled += len(part)
@@ -485,15 +475,14 @@ def open_data(folder: str | os.PathLike) -> TokenData:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such data directory",
-            expected="a directory of token shards",
-            remedy="check the path, or prepare one with fineweb.py",
+            f"{folder}: no such data directory; expected a directory of token shards; check the "
+            "path, or prepare one with fineweb.py"
         )
     if (folder / "manifest.partial.json").exists():
         raise UserError(
-            f"{folder}: its preparation is not finished (manifest.partial.json)",
-            expected="a finished data directory",
-            remedy="run the same fineweb.py command again: it continues where it stopped",
+            f"{folder}: its preparation is not finished (manifest.partial.json); expected a "
+            "finished data directory; run the same fineweb.py command again: it continues where "
+            "it stopped"
         )
     _open_for_windows.cache_clear()  # a corpus may have been prepared anew in the same place
     # A hidden file is what a copy has left, or a file's attributes as macOS copies them.
@@ -512,9 +501,8 @@ def open_data(folder: str | os.PathLike) -> TokenData:
     train, val = _split(shards)
     if not train:
         raise UserError(
-            f"{folder}: {len(names)} token shards",
-            expected="at least one for training and one for validation",
-            remedy="prepare them with fineweb.py, or name text files instead of the folder",
+            f"{folder}: {len(names)} token shards; expected at least one for training and one for "
+            "validation; prepare them with fineweb.py, or name text files instead of the folder"
         )
     vocab_size = ENCODINGS[encoding]
     return TokenData(
@@ -534,18 +522,16 @@ def _open_listed(folder: Path, manifest: dict, present: list[str]) -> list[Shard
         else:
             found = "not listed in manifest.json"
         raise UserError(
-            f"{folder / name}: {found}",
-            expected="exactly the shards of the manifest",
-            remedy="restore it, or prepare the data again",
+            f"{folder / name}: {found}; expected exactly the shards of the manifest; restore it, "
+            "or prepare the data again"
         )
     shards = [Shard.open(folder / name) for name in counts]
     for shard in shards:
         count = counts[shard.path.name]
         if shard.count != count:
             raise UserError(
-                f"{shard.path}: {shard.count:,} tokens",
-                expected=f"{count:,} tokens as manifest.json says",
-                remedy="shards were swapped or damaged: prepare the data again",
+                f"{shard.path}: {shard.count:,} tokens; expected {count:,} tokens as manifest.json "
+                "says; shards were swapped or damaged: prepare the data again"
             )
     return shards
 
@@ -617,9 +603,8 @@ def _fingerprint(folder: Path, shards: list[Shard]) -> str:
         twin = seen.setdefault(content, shard)
         if twin is not shard and shard.count >= LEAST_COPY and not is_ours:
             raise UserError(
-                f"{shard.path}: the same tokens as in {twin.path.name}",
-                expected="each file once",
-                remedy="remove one of the two",
+                f"{shard.path}: the same tokens as in {twin.path.name}; expected each file once; "
+                "remove one of the two"
             )
     return digest.hexdigest()
 
@@ -688,7 +673,7 @@ def read_manifest(folder: Path, partial: bool = False) -> dict:
 
 
 def _refuse_manifest(file: Path, found: str, expected: str) -> None:
-    raise UserError(f"{file}: {found}", expected=expected, remedy="prepare the data again")
+    raise UserError(f"{file}: {found}; expected {expected}; prepare the data again")
 
 
 def verify_shards(folder: Path, manifest: dict, listed_in: str = "manifest.json") -> None:
@@ -696,17 +681,15 @@ def verify_shards(folder: Path, manifest: dict, listed_in: str = "manifest.json"
     for entry in manifest["shards"]:
         if not (folder / entry["name"]).exists():
             raise UserError(
-                f"{folder / entry['name']}: listed in {listed_in} but missing",
-                expected="all shards of the manifest",
-                remedy="restore it, or prepare into a new directory",
+                f"{folder / entry['name']}: listed in {listed_in} but missing; expected all shards "
+                "of the manifest; restore it, or prepare into a new directory"
             )
         shard = Shard.open(folder / entry["name"])
         if shard.count != entry["tokens"] or file_sha256(shard.path) != entry["sha256"]:
             raise UserError(
-                f"{shard.path}: {shard.count:,} tokens, not those that {listed_in} lists",
-                expected=f"{entry['tokens']:,} tokens of sha256 {entry['sha256']}",
-                remedy="the file is damaged or was replaced: restore it, or prepare into a new "
-                "directory",
+                f"{shard.path}: {shard.count:,} tokens, not those that {listed_in} lists; expected "
+                f"{entry['tokens']:,} tokens of sha256 {entry['sha256']}; the file is damaged or "
+                "was replaced: restore it, or prepare into a new directory"
             )
 
 

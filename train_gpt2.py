@@ -205,15 +205,14 @@ class TrainConfig:
         if self.total_batch_tokens % self.seq_len:
             nearest = max(1, round(self.total_batch_tokens / self.seq_len)) * self.seq_len
             raise UserError(
-                f"--total-batch-tokens {self.total_batch_tokens}",
-                expected=f"a multiple of --seq-len {self.seq_len}",
-                remedy=f"for example {nearest}",
+                f"--total-batch-tokens {self.total_batch_tokens}; expected a multiple of --seq-len "
+                f"{self.seq_len}; for example {nearest}"
             )
 
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
             value = getattr(self, name)
-            raise UserError(f"{flag(name)} {value}", expected=expected, remedy="give another value")
+            raise UserError(f"{flag(name)} {value}; expected {expected}; give another value")
 
     @property
     def sequences_per_step(self) -> int:
@@ -458,10 +457,9 @@ def train_step(
     loss, gradient_norm = torch.stack([loss, gradient_norm.to(loss)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         error = UserError(
-            f"loss {loss}, gradient norm {gradient_norm} in update {step + 1}",
-            expected="finite numbers",
-            remedy="nothing was updated; start anew with a lower --learning-rate, from the last "
-            "checkpoint's weights with --init-from if there is one",
+            f"loss {loss}, gradient norm {gradient_norm} in update {step + 1}; expected finite "
+            "numbers; nothing was updated; start anew with a lower --learning-rate, from the last "
+            "checkpoint's weights with --init-from if there is one"
         )
         rt.raise_on_all(error)
     # 3) After this line the weights are updated, the same on every rank.
@@ -792,10 +790,9 @@ def check_ranks_are_equal(step: int, training: Training) -> None:
     if different:
         error = TransientError(
             f"step {step}: weights or moments of rank {', '.join(different)} are not those of rank "
-            f"{sums.index(usual)}",
-            expected="the same bits on every rank",
-            remedy="nothing was saved; continue with --resume from the last checkpoint, which is "
-            "sound, and test the machines' memory if it happens again",
+            f"{sums.index(usual)}; expected the same bits on every rank; nothing was saved; "
+            "continue with --resume from the last checkpoint, which is sound, and test the "
+            "machines' memory if it happens again"
         )
         rt.raise_on_all(error)
 
@@ -1061,9 +1058,8 @@ def evaluate_only(config: TrainConfig, rt: Runtime) -> None:
     """
     if not config.init_from:
         raise UserError(
-            "--eval-only without --init-from",
-            expected="the model to measure",
-            remedy="for example --init-from gpt2",
+            "--eval-only without --init-from; expected the model to measure; for example "
+            "--init-from gpt2"
         )
     with tempfile.TemporaryDirectory() as scratch:
         data, split, what = data_to_measure(config, rt, Path(scratch))
@@ -1140,15 +1136,13 @@ def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
     data = rt.on_all(functools.partial(open_data, folder))
     if data.train.num_windows(config.seq_len) == 0:
         raise UserError(
-            f"{config.data}: {len(data.train):,} training tokens",
-            expected=f"at least one window of {config.seq_len + 1:,}",
-            remedy="use more text or a lower --seq-len",
+            f"{config.data}: {len(data.train):,} training tokens; expected at least one window of "
+            f"{config.seq_len + 1:,}; use more text or a lower --seq-len"
         )
     if len(data.val) < 2:
         raise UserError(
-            f"{config.data}: {len(data.val):,} validation tokens",
-            expected="at least 2",
-            remedy="use more text",
+            f"{config.data}: {len(data.val):,} validation tokens; expected at least 2; use more "
+            "text"
         )
     return data
 
@@ -1164,18 +1158,16 @@ def prepared_folder(config: TrainConfig, rt: Runtime) -> Path:
         return fineweb.prepare_first_run(rt.say)
     if same_folder(config.data, FINEWEB_EDU_FOLDER) and not Path(config.data).exists():
         raise UserError(
-            f"{config.data}: not there",
-            expected="the FineWeb-Edu corpus",
-            remedy="prepare it with python fineweb.py, or name other data with --data",
+            f"{config.data}: not there; expected the FineWeb-Edu corpus; prepare it with python "
+            "fineweb.py, or name other data with --data"
         )
     return fineweb.prepare_path(config.data, config.tokenizer, rt.say)
 
 
 def missing_data() -> UserError:
     return UserError(
-        "--data is missing",
-        expected="the text or the token shards to read",
-        remedy="for example --data novel.txt",
+        "--data is missing; expected the text or the token shards to read; for example --data "
+        "novel.txt"
     )
 
 
@@ -1214,21 +1206,19 @@ def read_model(config: TrainConfig, data: TokenData, rt: Runtime, name: str) -> 
     for field in ("n_layer", "n_head", "n_embd"):
         if getattr(config, field) != getattr(model.config, field):
             raise UserError(
-                f"{flag(field)} {getattr(config, field)}",
-                expected=f"{getattr(model.config, field)} as in {picked}",
-                remedy="drop the flag",
+                f"{flag(field)} {getattr(config, field)}; expected {getattr(model.config, field)} "
+                f"as in {picked}; drop the flag"
             )
     if encoding.name != data.encoding:
         raise UserError(
-            f"{config.data}: tokens of the encoding {data.encoding}",
-            expected=f"{encoding.name}, which {picked} reads",
-            remedy=f"prepare the data again with fineweb.py --tokenizer {encoding.name}",
+            f"{config.data}: tokens of the encoding {data.encoding}; expected {encoding.name}, "
+            f"which {picked} reads; prepare the data again with fineweb.py --tokenizer "
+            f"{encoding.name}"
         )
     if config.seq_len > model.config.block_size:
         raise UserError(
-            f"--seq-len {config.seq_len}",
-            expected=f"at most {model.config.block_size}, the positions that {picked} has learned",
-            remedy="lower it",
+            f"--seq-len {config.seq_len}; expected at most {model.config.block_size}, the "
+            f"positions that {picked} has learned; lower it"
         )
     model.crop_context(config.seq_len)
     return model
@@ -1260,9 +1250,8 @@ def load_checkpoint(
     run.continue_from(state, rt.on_main(functools.partial(run.events_of, state["step"])))
     if state["data"] != data.fingerprint:
         error = UserError(
-            f"the data are not those that {checkpoint} was trained on",
-            expected="the same shards, wherever they lie",
-            remedy="restore them, name their place with --data, or start a new run",
+            f"the data are not those that {checkpoint} was trained on; expected the same shards, "
+            "wherever they lie; restore them, name their place with --data, or start a new run"
         )
         rt.raise_on_all(error)
     if "spikes" in state:  # checkpoints of older versions are without
@@ -1296,9 +1285,8 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
         expected = f"--micro-batch one of {', '.join(sizes)}"
     raise UserError(
         f"--micro-batch {config.micro_batch} on {world_size} rank(s) with --total-batch-tokens "
-        f"{config.total_batch_tokens:,}, which is {sequences} sequences of {config.seq_len}",
-        expected=expected,
-        remedy="change --micro-batch or --total-batch-tokens",
+        f"{config.total_batch_tokens:,}, which is {sequences} sequences of {config.seq_len}; "
+        f"expected {expected}; change --micro-batch or --total-batch-tokens"
     )
 
 
@@ -1314,9 +1302,9 @@ def check_restarts(config: TrainConfig) -> None:
     if config.resume or has_name or is_one_machine or restarts == "0":
         return
     raise UserError(
-        f"--max-restarts {restarts} on several machines, without --rdzv-id or --resume",
-        expected="what tells a restarted worker that the run in --out is its own",
-        remedy="add --resume to train_gpt2.py's flags: it starts the run if there is none yet",
+        f"--max-restarts {restarts} on several machines, without --rdzv-id or --resume; expected "
+        "what tells a restarted worker that the run in --out is its own; add --resume to "
+        "train_gpt2.py's flags: it starts the run if there is none yet"
     )
 
 
@@ -1331,11 +1319,11 @@ def check_newest_is_on_main(run: RunDirectory, rt: Runtime) -> None:
     steps = [run_directory.step_number(Path(name)) if name else -1 for name in newest]
     if max(steps) > steps[0]:
         ahead = steps.index(max(steps))
-        error = TransientError(  # a network file system may be late, too
+        error = TransientError(
             f"{run.folder}: rank {ahead} sees {newest[ahead]} there, and rank 0 "
-            f"{newest[0] or 'no checkpoint'}",
-            expected="one directory that all machines see, or the newest checkpoint with rank 0",
-            remedy="name a directory of a shared file system with --out, or copy the checkpoint",
+            f"{newest[0] or 'no checkpoint'}; expected one directory that all machines see, or the "
+            "newest checkpoint with rank 0; name a directory of a shared file system with --out, "
+            "or copy the checkpoint"
         )
         rt.raise_on_all(error)
 
@@ -1349,10 +1337,8 @@ def check_agreement(values: dict[str, object], expected: str, rt: Runtime) -> No
         # Another version of the code may have other flags.
         names = ", ".join(name for name in values if other.get(name) != of_ranks[0].get(name))
         error = UserError(
-            f"the flags or the data of rank {', '.join(map(str, different))} differ from rank "
-            f"0's: {names}",
-            expected=expected,
-            remedy="start all ranks with one command, on the same data",
+            f"the flags or the data of rank {', '.join(map(str, different))} differ from rank 0's: "
+            f"{names}; expected {expected}; start all ranks with one command, on the same data"
         )
         rt.raise_on_all(error)
 
@@ -1367,22 +1353,19 @@ def open_wandb(config: TrainConfig, run: RunDirectory, extras: Extras) -> None:
         import wandb
     except ImportError:
         raise UserError(
-            "--wandb: the wandb package is not installed",
-            expected="it beside the other packages",
-            remedy="pip install wandb, or drop the flag",
+            "--wandb: the wandb package is not installed; expected it beside the other packages; "
+            "pip install wandb, or drop the flag"
         ) from None
     folder = run.folder
     if (folder / "wandb").is_symlink():
         raise UserError(
-            f"{folder / 'wandb'}: a symbolic link",
-            expected="the folder that wandb has made in the run directory",
-            remedy="remove the link",
+            f"{folder / 'wandb'}: a symbolic link; expected the folder that wandb has made in the "
+            "run directory; remove the link"
         )
     if os.path.lexists(folder / "wandb" / "settings"):
         raise UserError(
-            f"{folder / 'wandb' / 'settings'}: is there",
-            expected="no such file in a run: it says which server gets the log and your key",
-            remedy="remove it",
+            f"{folder / 'wandb' / 'settings'}: is there; expected no such file in a run: it says "
+            "which server gets the log and your key; remove it"
         )
     name = wandb_id(folder / "wandb_id")
     if_it_fails = "nothing is sent to Weights & Biases"
@@ -1411,9 +1394,8 @@ def wandb_id(file: Path) -> str:
     # A link may have led to a private file, and this is sent.
     if not re.fullmatch(rb"[0-9a-f]{8}", found):
         raise UserError(
-            f"{file}: {len(found)} bytes",
-            expected="eight hexadecimal digits",
-            remedy="remove it, and the run is tracked under a new name",
+            f"{file}: {len(found)} bytes; expected eight hexadecimal digits; remove it, and the "
+            "run is tracked under a new name"
         )
     return found.decode()
 
@@ -1567,9 +1549,8 @@ def config_of_run(folder: Path, source: argparse.Namespace, args: list[str]) -> 
     """The configuration of a run that is continued, with the flags that may change."""
     if source.config:
         raise UserError(
-            f"--config with --resume, and there is a run in {folder}",
-            expected="one of the two: a run is continued with its own configuration",
-            remedy="leave out --config, or start a new run",
+            f"--config with --resume, and there is a run in {folder}; expected one of the two: a "
+            "run is continued with its own configuration; leave out --config, or start a new run"
         )
     saved = replace(read_train_json(folder / "train.json"), out=str(folder), resume=True)
     refuse_foreign_values(folder / "train.json", saved, args)
@@ -1598,9 +1579,8 @@ def choose_recipe(source: argparse.Namespace) -> tuple[str, str]:
     if source.recipe:
         if source.recipe not in RECIPES:
             raise UserError(
-                f"--recipe {source.recipe}",
-                expected=f"one of {', '.join(RECIPES)}",
-                remedy="choose one of them",
+                f"--recipe {source.recipe}; expected one of {', '.join(RECIPES)}; choose one of "
+                "them"
             )
         return source.recipe, "as asked"
     if source.init_from:
@@ -1636,9 +1616,8 @@ def read_train_json(file: Path) -> TrainConfig:
     unknown = values.keys() - fields.keys()
     if unknown:
         raise UserError(
-            f"{file}: has a value {min(unknown)!r}",
-            expected="the values that this version writes",
-            remedy="use the version that wrote it, or start a new run",
+            f"{file}: has a value {min(unknown)!r}; expected the values that this version writes; "
+            "use the version that wrote it, or start a new run"
         )
     # Only the command line says where a run is kept and whether anything is trained.
     never_from_file = {
@@ -1652,9 +1631,8 @@ def read_train_json(file: Path) -> TrainConfig:
         return TrainConfig(**(values | never_from_file))
     except UserError as error:
         raise UserError(
-            f"{file}: {str(error).partition(';')[0]}",
-            expected="values that make a run",
-            remedy="restore it, or start a new run",
+            f"{file}: {str(error).partition(';')[0]}; expected values that make a run; restore it, "
+            "or start a new run"
         ) from None
 
 
@@ -1680,9 +1658,9 @@ def refuse_foreign_values(file: Path, saved: TrainConfig, args: list[str]) -> No
         value = getattr(saved, name)
         if value and flag(name) not in given and not harmless.get(name):
             raise UserError(
-                f"{file}: names {flag(name)} {str(value)[:200]!r}, and was not written by you here",
-                expected=f"{flag(name)} on the command line",
-                remedy="give the flag, with that value if you trust it, or with another",
+                f"{file}: names {flag(name)} {str(value)[:200]!r}, and was not written by you "
+                f"here; expected {flag(name)} on the command line; give the flag, with that value "
+                "if you trust it, or with another"
             )
 
 
@@ -1711,10 +1689,9 @@ def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
             changed.append(f"{flag(field.name)} {new} (the run has {old})")
     if changed:
         raise UserError(
-            ", ".join(changed),
-            expected=f"the values that {saved.out} was started with",
-            remedy="drop the flags, or go on from its weights in a new run, with "
-            f"--init-from {saved.out} and another --out",
+            f"{', '.join(changed)}; expected the values that {saved.out} was started with; drop "
+            f"the flags, or go on from its weights in a new run, with --init-from {saved.out} and "
+            "another --out"
         )
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     if rounds is None:
         rounds = 3 if device.type == "cuda" else 5
     if rounds < 1:
-        raise UserError(f"--rounds {rounds}", expected="1 or more", remedy="5 is a good start")
+        raise UserError(f"--rounds {rounds}; expected 1 or more; 5 is a good start")
     dtype = str(runtime.choose_dtype(args.dtype, device)).removeprefix("torch.")
     now = datetime.now(UTC)
     file = args.json
@@ -128,9 +128,8 @@ def raise_faults(results: list[dict]) -> None:
                 faults.append(f"{result['title']}: {name}: {row['fault']}")
     if faults:
         raise UserError(
-            "; ".join(faults),
-            expected="equal outputs and no failures",
-            remedy="see what was printed above",
+            f"{'; '.join(faults)}; expected equal outputs and no failures; see what was printed "
+            "above"
         )
 
 

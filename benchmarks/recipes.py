@@ -551,9 +551,8 @@ def report(config: "RecipesConfig") -> None:
     results = read_results(Path(config.results))
     if not results:
         raise UserError(
-            f"{config.results}: no results",
-            expected="one JSON line for each finished run",
-            remedy="run the experiments tune, final and speed first",
+            f"{config.results}: no results; expected one JSON line for each finished run; run the "
+            "experiments tune, final and speed first"
         )
     for size in SIZES:
         of_size = [result for result in results if result["size"] == size]

@@ -44,7 +44,7 @@ def test_success_is_0(capsys):
 
 
 def test_bad_input_is_2_and_one_line(capsys):
-    error = UserError("--top-p 2", expected="at most 1", remedy="lower it")
+    error = UserError("--top-p 2; expected at most 1; lower it")
     code, err = exit_code_of(error, capsys)
     assert (code, err) == (2, "error: --top-p 2; expected at most 1; lower it\n")
 
@@ -136,7 +136,7 @@ def test_a_message_is_written_in_one_piece(kind, monkeypatch):
     def main():
         if kind == "KeyError":
             raise KeyError("n_layer")
-        raise UserError("this", expected="that", remedy="do it")
+        raise UserError("this; expected that; do it")
 
     run_main(main)
     assert len(pieces) == 1
@@ -144,8 +144,8 @@ def test_a_message_is_written_in_one_piece(kind, monkeypatch):
 
 
 def test_what_a_restart_may_mend_is_final_on_no_rank():
-    final = UserError("this", expected="that", remedy="do it")
-    passing = cli.TransientError("this", expected="that", remedy="do it")
+    final = UserError("this; expected that; do it")
+    passing = cli.TransientError("this; expected that; do it")
     assert cli.is_final(final) and cli.is_final(cli.FailedElsewhere(is_final=True))
     assert not cli.is_final(passing)
     assert not cli.is_final(cli.FailedElsewhere("why", is_final=False))
@@ -412,7 +412,7 @@ def test_a_message_cannot_move_the_cursor_of_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
 
     def main():
-        raise UserError("file \x1b[2Jx", expected="a name", remedy="rename it")
+        raise UserError("file [2Jx; expected a name; rename it")
 
     assert run_main(main) == 2
     assert terminal.text == "error: file \\x1b[2Jx; expected a name; rename it\n"

@@ -813,7 +813,7 @@ def test_the_real_client_on_a_local_hub(hub, tmp_path):
         "no/hub/name": "neither a directory nor a possible hub name",
     }.items():
         with pytest.raises(UserError, match=fault):
-            raise UserError(found[name], expected="", remedy="")
+            raise UserError(f"{found[name]}; expected ; ")
         assert "\n" not in found[name]
 
     # The token is the client's. What is cached loads without a hub; what is not gives one line.

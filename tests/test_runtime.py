@@ -339,7 +339,7 @@ def test_other_ranks_end_as_finally_as_rank_0(kind, is_final):
     """Or torchrun's restart, which mends a fault that passes, would end at once."""
     rank_1 = Runtime(1, 2, torch.device("cpu"), torch.float32)
     with pytest.raises(FailedElsewhere) as raised:
-        rank_1.raise_on_all(kind("this", expected="that", remedy="do it"))
+        rank_1.raise_on_all(kind("this; expected that; do it"))
     assert raised.value.is_final == is_final
 
 
