@@ -7,7 +7,7 @@
 
 The way of a token, from file to shard:
 
-    read     a source yields documents one by one, each with the position after it (sources.py)
+    read     a source yields documents one by one, each with the position after it (documents.py)
     batch    documents are collected into batches of about half a million characters
     encode   threads turn batches into tokens (tiktoken releases the interpreter lock meanwhile)
     write    the main thread joins the tokens in the order of the documents and cuts shards
@@ -41,12 +41,9 @@ import numpy as np
 import tiktoken
 import tyro
 
-import cli
 import tokens
-from cli import UserError, parse_flags, run_script
-from files import locked, plain_name, read_json, remove, remove_leftovers, walking
-from hub import EndlessDownload
-from sources import (
+from support import script
+from support.documents import (
     ENDLESS_RUN,
     TOO_LONG,
     Row,
@@ -63,6 +60,9 @@ from sources import (
     texts_in,
     weight,
 )
+from support.files import locked, plain_name, read_json, remove, remove_leftovers, walking
+from support.hub import EndlessDownload
+from support.script import UserError, parse_flags, run_script
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_SAMPLE = "sample-10BT"
@@ -922,10 +922,12 @@ def main() -> None:
     config = parse_flags(PrepareConfig, PrepareConfig(), description)
     if config.verify:
         num_tokens = tokens.verify(Path(config.verify))
-        cli.say(f"{config.verify}: {num_tokens:,} tokens, all sizes, hashes and tokens are right")
+        script.say(
+            f"{config.verify}: {num_tokens:,} tokens, all sizes, hashes and tokens are right"
+        )
         return
-    folder = prepare(config, cli.say)
-    cli.say(f"train on it: python train_gpt2.py --data {shlex.quote(str(folder))}")
+    folder = prepare(config, script.say)
+    script.say(f"train on it: python train_gpt2.py --data {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ Source: arXiv 1905.07830.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds, so that Ctrl-C ends them too
-    import cli
+    from support import script
 
-    cli.exit_on_signals()
-    cli.exit_if_restart_cannot_help()
+    script.exit_on_signals()
+    script.exit_if_restart_cannot_help()
 
 
 import functools
@@ -49,12 +49,12 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-import cli
-from cli import UserError, parse_flags, run_script
-from files import read_bytes, write_file
 from model import GPT
-from run_directory import is_regular, load_model
-from runtime import Runtime, choose_dtype, masked_attention, start
+from support import script
+from support.files import read_bytes, write_file
+from support.run_directory import is_regular, load_model
+from support.runtime import Runtime, choose_dtype, masked_attention, start
+from support.script import UserError, parse_flags, run_script
 
 DATA = Path("data/hellaswag/hellaswag_val.jsonl")
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -546,7 +546,7 @@ def evaluate(
                         numbers, token_log_p = log_probabilities(model, weight, batch)
                         log_p += np.bincount(numbers, token_log_p, minlength=len(log_p))
                     except Exception as error:
-                        if cli.is_out_of_memory(error):
+                        if script.is_out_of_memory(error):
                             raise
                         fault = error
                 report.update(log_p.reshape(-1, 4) / lengths, labels)

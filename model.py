@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import hub
-from cli import UserError
-from files import refuse_holes
+from support import hub
+from support.files import refuse_holes
+from support.script import UserError
 
 # ---------------------------------------------------------------------------------- configuration
 
@@ -257,7 +257,7 @@ class GPT(nn.Module):
         for weights that are missing, of another shape or type, or not finite.
         """
         if Path(name_or_dir, "train.json").exists():
-            from run_directory import resolve_model  # it imports this module, so not above
+            from support.run_directory import resolve_model  # it imports this module, so not above
 
             name_or_dir = resolve_model(str(name_or_dir))
         return _load(cls, name_or_dir, dropout)
@@ -842,8 +842,8 @@ def _plain(text: str) -> str:
 # ---------------------------------------------------------------------------------------- the hub
 
 # huggingface_hub does the downloads, with its cache (HF_HOME), mirrors (HF_ENDPOINT), tokens
-# (HF_TOKEN), offline mode (HF_HUB_OFFLINE), retries and resumption. hub.py says what of a server's
-# answers it does not get to see.
+# (HF_TOKEN), offline mode (HF_HUB_OFFLINE), retries and resumption. support/hub.py says
+# what of a server's answers it does not get to see.
 
 
 def _config_file(name_or_dir: str | os.PathLike) -> Path:

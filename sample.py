@@ -19,9 +19,9 @@ Shapes: B samples, T tokens, V = vocab_size.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds, so that Ctrl-C ends them too
-    import cli
+    from support import script
 
-    cli.exit_on_signals()
+    script.exit_on_signals()
 
 
 import codecs
@@ -38,10 +38,10 @@ import torch
 import torch.nn as nn
 import tyro
 
-from cli import UserError, parse_flags, printable, run_script
 from model import GPT, KVCache
-from run_directory import load_model
-from runtime import masked_attention, start
+from support.run_directory import load_model
+from support.runtime import masked_attention, start
+from support.script import UserError, parse_flags, printable, run_script
 
 # ---------------------------------------------------------------------------- one token
 

@@ -27,9 +27,8 @@ from typing import BinaryIO
 import numpy as np
 import tiktoken
 
-import foreign
-from cli import UserError
-from files import (
+from support import foreign
+from support.files import (
     file_sha256,
     open_descriptor,
     open_file,
@@ -39,7 +38,8 @@ from files import (
     sync,
     write_file,
 )
-from foreign import SUFFIXES
+from support.foreign import SUFFIXES
+from support.script import UserError
 
 # ---------------------------------------------------------------------------------------- encodings
 

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   GPT-2 124M on eight GPUs
     python train_gpt2.py --init-from gpt2 --data novel.txt   fine-tune OpenAI's weights on your text
 
-Reads token shards (tokens.py). Writes a run directory (run_directory.py). Ctrl-C finishes the step
+Reads token shards (tokens.py). Writes a run directory (support/run_directory.py). Ctrl-C finishes the step
 in hand, saves and exits; the same command with --resume goes on from there.
 
 Read it from the top: the configuration, the pieces of a training step, the loop, `main`. What
@@ -14,10 +14,10 @@ Shapes: B sequences per micro-batch, T = seq_len tokens per sequence, W ranks.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds, so that Ctrl-C ends them too
-    import cli
+    from support import script
 
-    cli.exit_on_signals()
-    cli.exit_if_restart_cannot_help()
+    script.exit_on_signals()
+    script.exit_if_restart_cannot_help()
 
 
 import argparse
@@ -49,11 +49,27 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import cli
 import fineweb
 import hellaswag
-import run_directory
-from cli import (
+from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
+from model import GPT, SIZES, GPTConfig, NextTokenLoss
+from sample import sample_text
+from support import run_directory, script
+from support.files import plain_name, read_bytes, read_json, same_folder, write_file
+from support.gradients import check_tree, sum_in_fixed_order
+from support.optimizer import (
+    blank_tensors,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+    state_tensors,
+)
+from support.plan import flops_per_token, parameters, plan, plan_for, plan_time
+from support.plot import draw_curves
+from support.run_directory import RunDirectory
+from support.runtime import Runtime, checksum, multiplies_bfloat16, peak_flops, start
+from support.script import (
     FailedElsewhere,
     Stopped,
     StopRequest,
@@ -62,24 +78,7 @@ from cli import (
     parse_flags,
     run_script,
 )
-from files import plain_name, read_bytes, read_json, same_folder, write_file
-from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
-from gradients import check_tree, sum_in_fixed_order
-from model import GPT, SIZES, GPTConfig, NextTokenLoss
-from optimizer import (
-    blank_tensors,
-    load_optimizer_tensors,
-    make_optimizer,
-    optimizer_tensors,
-    set_learning_rate,
-    state_tensors,
-)
-from plan import flops_per_token, parameters, plan, plan_for, plan_time
-from plot import draw_curves
-from run_directory import RunDirectory
-from runtime import Runtime, checksum, multiplies_bfloat16, peak_flops, start
-from sample import sample_text
-from spikes import SpikeGuard
+from support.spikes import SpikeGuard
 from tokens import (
     ENCODINGS,
     SUFFIXES,
@@ -503,7 +502,7 @@ def backward_in_fixed_order(
 ) -> torch.Tensor:
     """What `backward` does, with sums in an order that does not depend on the number of ranks.
 
-    gradients.py adds up the micro-batches of a rank as they come, and then those sums over ranks.
+    support/gradients.py adds up the micro-batches of a rank as they come, and then those sums over ranks.
     """
     micro_batches = batch.split(sequences_at_once(config))
 
@@ -639,9 +638,9 @@ class Training:
     hellaswag_items: list[hellaswag.Item] | None
 
 
-# How a run stops. A signal makes cli.StopRequest note its number, and nothing else. The ranks
+# How a run stops. A signal makes script.StopRequest note its number, and nothing else. The ranks
 # compare these numbers at certain points, all at the same ones. If one rank has been signalled,
-# AllRanksStop is raised on every rank. The loop then saves, and raises cli.Stopped, which becomes
+# AllRanksStop is raised on every rank. The loop then saves, and raises script.Stopped, which becomes
 # the exit code. What rank 0 could not write is told to the others in the same way, and the error is
 # raised instead.
 
@@ -753,7 +752,7 @@ def is_due(event: str, step: int, training: Training) -> bool:
 def save(step: int, training: Training) -> None:
     """Save the checkpoint of this step, unless it is there already.
 
-    It counts only when it is whole: run_directory.py writes all its files under another name, then
+    It counts only when it is whole: support/run_directory.py writes all its files under another name, then
     a manifest with their hashes, and renames the directory last. A resumed run verifies the hashes.
     """
     run = training.run
@@ -879,7 +878,7 @@ class Extras:
             yield
         except Exception as error:
             is_of_training = isinstance(error, (TransientError, FailedElsewhere))
-            if is_of_training or cli.has_lost_contact(error) or cli.is_out_of_memory(error):
+            if is_of_training or script.has_lost_contact(error) or script.is_out_of_memory(error):
                 raise
             if if_it_fails not in self.warned:
                 self.warned.add(if_it_fails)
@@ -1377,7 +1376,7 @@ def open_wandb(config: TrainConfig, run: RunDirectory, extras: Extras) -> None:
     with extras.attempt(if_it_fails):
         tracker = wandb.init(
             project="pygpt2",
-            name=cli.escaped(folder.name),  # which wandb prints
+            name=script.escaped(folder.name),  # which wandb prints
             id=name,
             resume="allow",
             dir=folder,

@@ -28,8 +28,8 @@ from preparation import data
 from scoring import hellaswag
 from training import growth, train
 
-import runtime
-from cli import UserError, run_script
+from support import runtime
+from support.script import UserError, run_script
 
 SUBJECTS = {
     "train": train,

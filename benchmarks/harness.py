@@ -26,9 +26,9 @@ import torch
 # Python puts only this folder there; the modules that are measured are one above it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import runtime
 from model import GPT, SIZES, GPTConfig
-from runtime import Runtime, keep_freed_memory
+from support import runtime
+from support.runtime import Runtime, keep_freed_memory
 from tokens import get_encoding, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

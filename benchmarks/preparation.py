@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from harness import Case, Ready, Setting
 
-from runtime import keep_freed_memory
+from support.runtime import keep_freed_memory
 from tokens import HEADER_BYTES, get_encoding
 
 ALONE = "tiktoken alone, 1 thread"  # the row that others are measured by

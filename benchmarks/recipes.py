@@ -27,11 +27,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import UserError, parse_flags, run_script, say  # noqa: E402
 from fineweb import PrepareConfig, prepare  # noqa: E402
 from model import GPT, NextTokenLoss  # noqa: E402
-from optimizer import make_optimizer, set_learning_rate  # noqa: E402
-from runtime import Runtime, start  # noqa: E402
+from support.optimizer import make_optimizer, set_learning_rate  # noqa: E402
+from support.runtime import Runtime, start  # noqa: E402
+from support.script import UserError, parse_flags, run_script, say  # noqa: E402
 from tokens import TokenData, get_encoding, token_bytes  # noqa: E402
 from train_gpt2 import (  # noqa: E402
     RECIPES,

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import SIZES, GPTConfig
-from plan import (
+from support.plan import (
     ASSUMED_MFU,
     activation_bytes,
     all_reduce_seconds,
@@ -26,7 +26,7 @@ from plan import (
     parameters,
     step_seconds,
 )
-from runtime import PEAK_FLOPS
+from support.runtime import PEAK_FLOPS
 from train_gpt2 import RECIPES
 
 SPEED = ASSUMED_MFU * PEAK_FLOPS["H100"]  # FLOP/s of each GPU

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from harness import Case, Ready, Setting, random_tokens
 
-import runtime
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
-from plan import flops_per_token
+from support import runtime
+from support.plan import flops_per_token
 from tokens import open_data, training_windows, write_manifest, write_shard
 
 LEARNING_RATE = 1e-5  # small: random tokens are learned by heart, and nothing must overflow
@@ -32,7 +32,7 @@ def first_loss_and_step(exact: float, step: Callable[[], float], steps: int) -> 
 
 
 def train_ours(work: Work, compiled: bool, micro_batch: int) -> Ready:
-    from optimizer import make_optimizer
+    from support.optimizer import make_optimizer
     from train_gpt2 import TrainConfig, train_step
 
     rt = work.setting.our_runtime()

@@ -68,7 +68,7 @@ def be_rank(
     import torch
 
     import train_gpt2
-    from cli import run_script
+    from support.script import run_script
 
     torch.set_num_threads(1)
     sys.argv = ["train_gpt2.py", *args]
@@ -220,7 +220,7 @@ class Score:
 
 def mark_saves(scratch: Path) -> None:
     """In a rank: have a file in `scratch` from the begin of each save to its end."""
-    import run_directory
+    from support import run_directory
 
     real = run_directory.commit_checkpoint
 
@@ -236,7 +236,7 @@ def mark_saves(scratch: Path) -> None:
 
 def hold_up_the_commit(seconds: float) -> None:
     """In a rank: have the save of step 4 take so much longer, when all its files are written."""
-    import run_directory
+    from support import run_directory
 
     real = run_directory.write_checkpoint_files
 

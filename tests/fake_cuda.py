@@ -35,14 +35,14 @@ sys.path.insert(0, str(ROOT))
 import hellaswag  # noqa: E402
 import train_gpt2  # noqa: E402
 from model import GPT, GPTConfig, NextTokenLoss  # noqa: E402
-from optimizer import (  # noqa: E402
+from sample import generate  # noqa: E402
+from support.optimizer import (  # noqa: E402
     Optimizer,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
 )
-from runtime import Runtime, start  # noqa: E402
-from sample import generate  # noqa: E402
+from support.runtime import Runtime, start  # noqa: E402
 from tokens import get_encoding, token_bytes  # noqa: E402
 
 CUDA = torch.device("cuda", 0)

@@ -41,11 +41,10 @@ from tools import ROOT, run_main, save_tiny_model, write_bytes_data
 
 import fineweb
 import hellaswag
-import plot
-import run_directory
 import train_gpt2
-from cli import UserError
-from run_directory import RunDirectory, load_model
+from support import plot, run_directory
+from support.run_directory import RunDirectory, load_model
+from support.script import UserError
 from tokens import get_encoding, open_data, save_tokenizer, verify, verify_shards
 
 MOST_SECONDS = 5.0

@@ -22,9 +22,8 @@ import pytest
 import torch.distributed as dist
 from tools import ROOT, read_log, run_python, torchrun, write_bytes_data
 
-import cli
-import process_group
-from cli import UserError
+from support import ranks, script
+from support.script import UserError
 from tokens import TokenData, get_encoding, open_data, save_tokenizer
 
 BIN = Path(sys.executable).parent  # where torchrun is
@@ -174,7 +173,7 @@ def test_ranks_agree_on_a_name_whatever_earlier_attempts_have_left():
         answers = [""] * 3
 
         def meet(rank: int, answers: list[str] = answers) -> None:
-            answers[rank] = process_group.agree_on_name(store, rank, 3, "here")
+            answers[rank] = ranks.agree_on_name(store, rank, 3, "here")
 
         if lost is not None:  # its rank 2 called, and rank 0 never heard of rank 1
             store.set("call/2", "a token of a process that died")
@@ -191,10 +190,10 @@ def test_ranks_agree_on_a_name_whatever_earlier_attempts_have_left():
 
 SHORT_WAITS = """
 import sys, time, os, signal
-import cli, process_group, runtime
+from support import ranks, runtime, script
 from datetime import timedelta
-process_group.FIRST_WORD_SECONDS = 0.1
-process_group.HEARTBEAT_SECONDS = 0.5
+ranks.FIRST_WORD_SECONDS = 0.1
+ranks.HEARTBEAT_SECONDS = 0.5
 """
 
 
@@ -207,8 +206,7 @@ def ranks_script(folder: Path, code: str) -> Path:
 def test_a_rank_without_peers_names_them_and_ends(tmp_path):
     script = ranks_script(
         tmp_path,
-        "process_group.MEETING_SECONDS = 2\n"
-        "cli.run_script(lambda: runtime.start('cpu', 'float32'))\n",
+        "ranks.MEETING_SECONDS = 2\nscript.run_script(lambda: runtime.start('cpu', 'float32'))\n",
     )
     port = str(free_port())
     address = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -248,7 +246,7 @@ def set_place(monkeypatch, environment: dict[str, str]) -> None:
 def test_a_wrong_place_among_the_ranks_is_refused(monkeypatch, environment, message):
     set_place(monkeypatch, environment)
     with pytest.raises(UserError, match=message):
-        process_group.place_in_environment()
+        ranks.place_in_environment()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +262,7 @@ def test_a_wrong_place_among_the_ranks_is_refused(monkeypatch, environment, mess
 )
 def test_a_place_among_the_ranks(monkeypatch, environment, place):
     set_place(monkeypatch, environment)
-    assert process_group.place_in_environment() == place
+    assert ranks.place_in_environment() == place
 
 
 @pytest.mark.parametrize("host", ["", "node0"])
@@ -273,7 +271,7 @@ def test_a_wrong_address_of_the_store_is_refused(monkeypatch, host, port):
     place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": host, "MASTER_PORT": port}
     set_place(monkeypatch, place)
     with pytest.raises(UserError, match="WORLD_SIZE is 2, MASTER_ADDR is .* MASTER_PORT"):
-        process_group.address_of_store()
+        ranks.address_of_store()
 
 
 @pytest.mark.parametrize(
@@ -287,8 +285,7 @@ def test_who_does_not_find_rank_0_says_so_and_ends(tmp_path, host, reason):
     """The port is another program's, which is silent; or the name does not resolve."""
     script = ranks_script(
         tmp_path,
-        "process_group.MEETING_SECONDS = 2\n"
-        "cli.run_script(lambda: runtime.start('cpu', 'float32'))\n",
+        "ranks.MEETING_SECONDS = 2\nscript.run_script(lambda: runtime.start('cpu', 'float32'))\n",
     )
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -309,7 +306,7 @@ def test_a_rank_ends_when_rank_0_has_left_what_it_did_alone(tmp_path):
         "    rt = runtime.start('cpu', 'float32')\n"
         "    print('met', flush=True)\n"
         "    rt.on_main(lambda: time.sleep(600))\n"
-        "cli.run_script(main)\n",
+        "script.run_script(main)\n",
     )
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
@@ -333,7 +330,7 @@ def test_a_rank_ends_when_rank_0_has_left_what_it_did_alone(tmp_path):
 
 
 def test_a_rank_that_waits_ends_on_sigterm(tmp_path):
-    script = ranks_script(tmp_path, "cli.run_script(lambda: runtime.start('cpu', 'float32'))\n")
+    script = ranks_script(tmp_path, "script.run_script(lambda: runtime.start('cpu', 'float32'))\n")
     address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     waiting = subprocess.Popen(
         [sys.executable, script],
@@ -353,7 +350,7 @@ def test_a_rank_that_waits_ends_on_sigterm(tmp_path):
 def test_rank_0_may_work_alone_for_longer_than_a_collective_may_take(tmp_path):
     script = ranks_script(
         tmp_path,
-        "process_group.COLLECTIVE_TIMEOUT = timedelta(seconds=3)\n"
+        "ranks.COLLECTIVE_TIMEOUT = timedelta(seconds=3)\n"
         "def main():\n"
         "    rt = runtime.start('cpu', 'float32')\n"
         "    def work():\n"
@@ -361,7 +358,7 @@ def test_rank_0_may_work_alone_for_longer_than_a_collective_may_take(tmp_path):
         "        return 'done by 0'\n"
         "    assert rt.on_main(work) == 'done by 0'\n"
         "    assert rt.on_main(lambda: 'again') == 'again'\n"
-        "cli.run_script(main)\n",
+        "script.run_script(main)\n",
     )
     done = torchrun(2, script)
     assert done.returncode == 0, done.stderr
@@ -377,7 +374,7 @@ def test_a_halted_rank_is_named_and_ends_the_others(tmp_path, halted, other):
         f"    if rt.rank == {halted}:\n"
         "        os.kill(os.getpid(), signal.SIGSTOP)\n"
         "    rt.gather(rt.rank)\n"
-        "cli.run_script(main)\n",
+        "script.run_script(main)\n",
     )
     address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
@@ -405,7 +402,7 @@ def test_a_rank_that_has_finished_is_not_missed(tmp_path):
         "    rt = runtime.start('cpu', 'float32')\n"
         "    if rt.is_main:\n"
         "        time.sleep(6)\n"
-        "cli.run_script(main)\n",
+        "script.run_script(main)\n",
     )
     done = torchrun(2, script)
     assert done.returncode == 0, done.stderr
@@ -422,7 +419,7 @@ def test_a_rank_that_has_finished_is_not_missed(tmp_path):
 )
 def test_an_error_says_of_which_rank_it_is(monkeypatch, rank, message, said):
     set_place(monkeypatch, {"RANK": rank, "WORLD_SIZE": "2"})
-    assert re.fullmatch(said, cli.with_rank(message))
+    assert re.fullmatch(said, script.with_rank(message))
 
 
 @needs_proc
@@ -501,13 +498,13 @@ def test_a_rank_that_ends_before_the_meeting_leaves_word(monkeypatch, message, h
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
     set_place(monkeypatch, place | {"MASTER_PORT": str(store.port)})
-    process_group.leave_word(message)  # of ranks started by hand the store may not be there yet
-    process_group.check_has_not_failed(store, 1)
+    ranks.leave_word(message)  # of ranks started by hand the store may not be there yet
+    ranks.check_has_not_failed(store, 1)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    process_group.leave_word(message)
+    ranks.leave_word(message)
     with pytest.raises(UserError, match=f"rank 1 on .* {heard}"):
-        process_group.check_has_not_failed(store, 1)
-    process_group.check_has_not_failed(store, 0)
+        ranks.check_has_not_failed(store, 1)
+    ranks.check_has_not_failed(store, 0)
 
 
 # -------------------------------------------------------------------------------------- Slurm
@@ -888,9 +885,9 @@ def test_two_hosts_train_are_cut_off_and_go_on(two_hosts, data, tmp_path):
     out, log = tmp_path / "run", tmp_path / "output"
     launcher = tmp_path / "train.py"  # the same script, with a heartbeat that is quick for a test
     launcher.write_text(
-        "import cli, process_group, train_gpt2\n"
-        "process_group.HEARTBEAT_SECONDS = 0.5\n"
-        "cli.run_script(train_gpt2.main)\n"
+        "from support import ranks, script; import train_gpt2\n"
+        "ranks.HEARTBEAT_SECONDS = 0.5\n"
+        "script.run_script(train_gpt2.main)\n"
     )
 
     commands = []

@@ -28,9 +28,9 @@ from chaos import (
 from tools import read_log, torchrun, write_bytes_data
 
 import hellaswag
-import run_directory
 import train_gpt2
-from spikes import SpikeGuard
+from support import run_directory
+from support.spikes import SpikeGuard
 
 CALM_FLAGS = """
     --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 512 --micro-batch 2

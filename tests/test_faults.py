@@ -19,9 +19,9 @@ import torch
 from chaos import differences, final_state, hold_up_the_commit, run_ranks, start_ranks
 from tools import start_script, write_bytes_data
 
-import run_directory
 import train_gpt2
-from spikes import SpikeGuard
+from support import run_directory
+from support.spikes import SpikeGuard
 
 FLAGS = """
     --n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 256 --micro-batch 4

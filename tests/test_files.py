@@ -1,4 +1,4 @@
-"""files.py: writes that are whole or not there, reads that are checked, and one writer a folder."""
+"""support/files.py: writes that are whole or not there, reads that are checked, and one writer a folder."""
 
 import errno
 import hashlib
@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tools import ROOT
 
-import files
-from cli import UserError
-from files import (
+from support import files
+from support.files import (
     locked,
     open_file,
     plain_name,
@@ -28,6 +27,7 @@ from files import (
     sync,
     write_file,
 )
+from support.script import UserError
 
 NONE = type(None)
 
@@ -324,7 +324,7 @@ def test_same_folder_looks_at_places_not_at_spelling(tmp_path, monkeypatch):
 def try_lock(folder):
     """Whether another process can lock the folder, and what it says if not."""
     script = (
-        "import sys\nfrom pathlib import Path\nfrom cli import run_script\n"
+        "import sys\nfrom pathlib import Path\nfrom support.script import run_script\n"
         "from files import locked\n"
         "def main():\n    with locked(Path(sys.argv[1])): pass\n"
         "run_script(main)"

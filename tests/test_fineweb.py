@@ -34,10 +34,10 @@ import tiktoken
 from tools import ROOT, Hub
 
 import fineweb
-import sources
 import tokens
-from cli import UserError, run_script
 from fineweb import PrepareConfig, prepare
+from support import documents as support_documents
+from support.script import UserError, run_script
 
 END = "<|endoftext|>"
 
@@ -229,7 +229,7 @@ def test_every_format_gives_the_documents_from_every_position(
     # END separates text, so it cannot be inside. csv.reader takes \r and \r\n alike in quotes.
     documents = [text.replace(END, "") for text in documents[:100]] + ["last"]
     config = write_every_format(tmp_path, documents)[name]
-    source = sources.file_source(config, sources.expand(config.input))
+    source = support_documents.file_source(config, support_documents.expand(config.input))
     batches = list(fineweb.in_batches(source(None)))
     assert len(batches) > 5
     assert [text for batch in batches for text in batch.documents] == documents
@@ -246,7 +246,7 @@ def test_files_of_several_formats_are_one_corpus(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n')
     (tmp_path / "c.txt").write_text("four")
     config = PrepareConfig(input=(str(tmp_path),))
-    rows = sources.file_source(config, sources.expand(config.input))(None)
+    rows = support_documents.file_source(config, support_documents.expand(config.input))(None)
     assert [row.document for row in rows] == ["one", "two", "three", "four"]
 
 
@@ -444,7 +444,7 @@ def test_a_full_disk_ends_with_its_name_and_the_next_call_goes_on(tmp_path, parq
     config = PrepareConfig(input=(parquet,), out=str(folder), shard_tokens=5000, workers=2)
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, -1)); "
-        "import fineweb; from cli import run_script; "
+        "import fineweb; from support.script import run_script; "
         f"run_script(lambda: fineweb.prepare(fineweb.{config!r}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -524,7 +524,7 @@ def test_a_text_encoded_in_parts_has_the_tokens_of_the_whole(pieces):
     text = "".join(pieces)
     for name in ("gpt2", "bytes"):
         encoding = tokens.get_encoding(name)
-        with mock.patch.object(sources, "PART_CHARACTERS", 3):
+        with mock.patch.object(support_documents, "PART_CHARACTERS", 3):
             assert fineweb.encode_document(encoding, text).tolist() == encoding.encode_ordinary(
                 text
             )
@@ -532,7 +532,7 @@ def test_a_text_encoded_in_parts_has_the_tokens_of_the_whole(pieces):
 
 def texts(config: PrepareConfig) -> list:
     """The documents that a source yields."""
-    source = sources.file_source(config, sources.expand(config.input))
+    source = support_documents.file_source(config, support_documents.expand(config.input))
     return [row.document for row in source(None)]
 
 
@@ -565,7 +565,7 @@ def test_a_document_that_is_not_utf_8_is_skipped_and_its_neighbours_are_not(tmp_
 )
 def test_a_document_that_is_too_long_is_skipped_with_its_place(tmp_path, monkeypatch, name):
     """And its neighbours are not. It is longer than what is read at once."""
-    monkeypatch.setattr(sources, "MOST_DOCUMENT_BYTES", 2**20)
+    monkeypatch.setattr(support_documents, "MOST_DOCUMENT_BYTES", 2**20)
     documents = ["good", "long " * 2**18, "fine"]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
     file = tmp_path / name
@@ -577,7 +577,7 @@ def test_a_document_that_is_too_long_is_skipped_with_its_place(tmp_path, monkeyp
         with pyarrow.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
     else:
-        compression = sources.COMPRESSIONS.get(file.suffix)
+        compression = support_documents.COMPRESSIONS.get(file.suffix)
         with pyarrow.output_stream(str(file), compression=compression) as out:
             out.write("|".join(documents).encode() if kind == "txt" else lines)
     config = PrepareConfig(input=(str(file),), split_on="|")
@@ -589,7 +589,7 @@ def test_a_document_that_is_too_long_is_skipped_with_its_place(tmp_path, monkeyp
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_a_text_file_that_is_one_document_may_be_longer(tmp_path, monkeypatch, compression):
     """Whole corpora come as one file. A compressed one may not be much smaller than its text."""
-    monkeypatch.setattr(sources, "MOST_DOCUMENT_BYTES", 2**20)
+    monkeypatch.setattr(support_documents, "MOST_DOCUMENT_BYTES", 2**20)
     file = tmp_path / ("a.txt.zst" if compression else "a.txt")
     with pyarrow.output_stream(str(file), compression=compression) as out:
         out.write(b"long " * 2**18)

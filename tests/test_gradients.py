@@ -5,10 +5,10 @@ from unittest import mock
 import pytest
 import torch
 
-import gradients
-from cli import UserError
-from gradients import check_tree, sum_in_fixed_order
-from runtime import Runtime
+from support import gradients
+from support.gradients import check_tree, sum_in_fixed_order
+from support.runtime import Runtime
+from support.script import UserError
 
 CPU = torch.device("cpu")
 

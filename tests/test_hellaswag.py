@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from tools import ROOT, SHARED
 
 import hellaswag
-from cli import UserError
 from hellaswag import Item, download, evaluate, load_items
 from model import GPT, GPTConfig, NextTokenLoss
-from runtime import Runtime
+from support.runtime import Runtime
+from support.script import UserError
 from tokens import get_encoding
 
 CPU = Runtime(0, 1, torch.device("cpu"), torch.float32)

@@ -26,19 +26,15 @@ from mutate import campaign, limits
 from safetensors.torch import load_file, save_file
 from tools import Hub, run_main, run_python, save_tiny_model, write_bytes_data
 
-import cli
 import fineweb
 import hellaswag
-import plot
-import run_directory
-import runtime
 import sample
-import sources
 import train_gpt2
-from cli import UserError, exit_code_and_message
-from files import locked, read_lines
-from hub import without_secrets
-from run_directory import RunDirectory, load_model
+from support import documents, plot, run_directory, runtime, script
+from support.files import locked, read_lines
+from support.hub import without_secrets
+from support.run_directory import RunDirectory, load_model
+from support.script import UserError, exit_code_and_message
 from tokens import get_encoding, open_data, save_tokenizer, verify
 from train_gpt2 import main
 
@@ -809,7 +805,7 @@ def test_a_table_that_unpacks_beyond_reason_is_refused(name, kind, capfd):
 @pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
 def test_a_page_or_batch_that_unpacks_beyond_reason_is_refused(name, monkeypatch, capfd):
     """Also of a file that is large enough to hold as much in all."""
-    monkeypatch.setattr(sources, "AT_ONCE", (2**20, 16))
+    monkeypatch.setattr(documents, "AT_ONCE", (2**20, 16))
     write_table(name, pyarrow.table({"text": ["x" * 3_000_000]}))
     assert prepared(name) == 2
     assert f"{name}: " in last_error(capfd)
@@ -895,7 +891,7 @@ def test_a_damaged_table_is_read_or_refused_by_name(name, kind):
         Path(name).write_bytes(content)
         try:
             with limits():
-                found.add(len(list(sources.file_source(config, [name])(None))))
+                found.add(len(list(documents.file_source(config, [name])(None))))
         except UserError as error:
             found.add("refused")
             assert name in str(error)
@@ -993,8 +989,8 @@ def test_a_dataset_has_no_files_elsewhere(url):
     """Newer versions of `datasets` refuse some of them, too."""
     config = fineweb.PrepareConfig(dataset="x/y")
     own = "hf://datasets/x/y@main/a.json"
-    sources.refuse_files_elsewhere(config, [own])
-    assert "files of its own" in refused(sources.refuse_files_elsewhere, config, [own, url])
+    documents.refuse_files_elsewhere(config, [own])
+    assert "files of its own" in refused(documents.refuse_files_elsewhere, config, [own, url])
 
 
 # ------------------------------------------------------------------------- names and the terminal
@@ -1052,8 +1048,8 @@ def test_names_in_files_reach_a_terminal_escaped(run, monkeypatch):
     save_file(tensors, run / "step_000002/model.safetensors")
     (run / "step_000002/manifest.json").unlink()
     message = refused(load_model, "r/step_000002")
-    assert "\x1b" not in cli.printable(message, terminal)
-    assert "\x07" not in cli.printable(message, terminal)
+    assert "\x1b" not in script.printable(message, terminal)
+    assert "\x07" not in script.printable(message, terminal)
 
 
 @pytest.mark.parametrize("script", [train_gpt2, sample, plot, hellaswag, fineweb])
@@ -1080,15 +1076,17 @@ def test_help_shows_nothing_of_a_strangers_run_that_a_terminal_obeys(run, monkey
 def test_bars_and_colors_reach_a_terminal():
     terminal = Terminal()
     for text in ("\r 50%|█", "\x1b[1mbold\x1b[0m", "\n\x1b[A"):
-        cli._Escaping(terminal).write(text)
+        script._Escaping(terminal).write(text)
     assert terminal.text == "\r 50%|█\x1b[1mbold\x1b[0m\n\x1b[A"
-    cli._Escaping(terminal).write("over\rwritten")
+    script._Escaping(terminal).write("over\rwritten")
     assert "over\\rwritten" in terminal.text
 
 
 @pytest.mark.parametrize("text", ["\U000e0041", "\u200b", "\ufeff", "\u2028", "\x85", "\u2066"])
 def test_what_nobody_sees_is_shown(text):
-    assert cli.printable(f"a{text}b", Terminal()) == f"a{text.encode('unicode_escape').decode()}b"
+    assert (
+        script.printable(f"a{text}b", Terminal()) == f"a{text.encode('unicode_escape').decode()}b"
+    )
 
 
 def test_torchrun_is_told_nothing_that_a_terminal_obeys(data, monkeypatch, tmp_path):
@@ -1191,7 +1189,7 @@ import json, re, resource, sys, time
 waits = []
 time.sleep = waits.append  # the client waits between attempts
 from model import GPT
-from cli import UserError
+from support.script import UserError
 allocated = int(re.search(r"VmData:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (allocated + 2**30, -1))
 for name in sys.argv[1:]:

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cli import UserError
 from model import (
     GPT,
     LOSS_ROWS,
@@ -18,6 +17,7 @@ from model import (
     LinearCrossEntropy,
     NextTokenLoss,
 )
+from support.script import UserError
 
 SHAPES = [
     GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=257),

@@ -1,4 +1,4 @@
-"""optimizer.py: Muon against plain references, what decays, learning rates, state in and out."""
+"""support/optimizer.py: Muon against plain references, what decays, learning rates, state in and out."""
 
 import copy
 import math
@@ -8,9 +8,8 @@ import pytest
 import torch
 from tools import tiny_model
 
-from cli import UserError
 from model import GPT, NextTokenLoss
-from optimizer import (
+from support.optimizer import (
     MuonAndAdamW,
     load_optimizer_tensors,
     make_optimizer,
@@ -18,6 +17,7 @@ from optimizer import (
     orthogonalize,
     set_learning_rate,
 )
+from support.script import UserError
 
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -68,7 +68,7 @@ def test_an_orthogonal_update_keeps_singular_vectors_and_levels_singular_values(
 def test_orthogonalize_applies_jordans_polynomial_five_times_to_the_singular_values(
     monkeypatch, dtype, tolerance
 ):
-    monkeypatch.setattr("optimizer.choose_dtype", lambda name, device: dtype)
+    monkeypatch.setattr("support.optimizer.choose_dtype", lambda name, device: dtype)
     matrices = torch.randn(1, 16, 32)
     U, S, Vh = torch.linalg.svd(matrices.double(), full_matrices=False)
     S = S / S.norm()
@@ -83,7 +83,9 @@ def test_orthogonalize_applies_jordans_polynomial_five_times_to_the_singular_val
 def test_blocks_are_trained_as_torchs_muon_trains_q_k_v_and_the_other_matrices_one_by_one(
     monkeypatch,
 ):
-    monkeypatch.setattr("optimizer.choose_dtype", lambda name, device: torch.bfloat16)  # as torch's
+    monkeypatch.setattr(
+        "support.optimizer.choose_dtype", lambda name, device: torch.bfloat16
+    )  # as torch's
     model = tiny_model()
     model.requires_grad_(True)
     optimizer = make_optimizer(model, config())

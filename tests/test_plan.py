@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from tools import ROOT, run_main, run_python
 from torch.nn.parallel import DistributedDataParallel
 
-import plan
-from cli import UserError
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
-from optimizer import make_optimizer
-from plan import (
+from support import plan
+from support.optimizer import make_optimizer
+from support.plan import (
     activation_bytes,
     all_reduce_seconds,
     checkpoint_bytes,
@@ -27,7 +26,8 @@ from plan import (
     memory,
     parameters,
 )
-from runtime import Runtime, start
+from support.runtime import Runtime, start
+from support.script import UserError
 from train_gpt2 import RECIPES, config_of_command_line, main
 
 DOC = (ROOT / "docs" / "scaling.md").read_text()

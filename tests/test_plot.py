@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from tools import run_main, run_python
 
-import plot
-from cli import UserError
+from support import plot
+from support.script import UserError
 
 STEPS = 100
 

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from cli import UserError
 from model import (
     GPT,
     INDEX,
@@ -27,6 +26,7 @@ from model import (
     NextTokenLoss,
     read_config,
 )
+from support.script import UserError
 from tokens import get_encoding, save_tokenizer
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=257)
@@ -684,7 +684,7 @@ LOADER = """
 import hashlib, json, sys, time
 time.sleep = lambda seconds: None  # the client waits between retries
 from model import GPT
-from cli import UserError
+from support.script import UserError
 for name in sys.argv[1:]:
     try:
         model = GPT.from_pretrained(name)

@@ -17,13 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tools import tiny_model
 
-import files
 import model as model_module
-import run_directory
-from cli import UserError, exit_code_and_message
 from model import GPT, NextTokenLoss
-from optimizer import load_optimizer_tensors, optimizer_tensors
-from run_directory import RunDirectory, fault_of, newest_valid
+from support import files, run_directory
+from support.optimizer import load_optimizer_tensors, optimizer_tensors
+from support.run_directory import RunDirectory, fault_of, newest_valid
+from support.script import UserError, exit_code_and_message
 from tokens import get_encoding
 from train_gpt2 import RECIPES, make_optimizer
 

@@ -1,4 +1,4 @@
-"""runtime.py: the choice of device, dtype and kernels, and what ranks tell each other."""
+"""support/runtime.py: the choice of device, dtype and kernels, and what ranks tell each other."""
 
 import json
 
@@ -7,9 +7,9 @@ import torch
 from tools import torchrun
 from torch.nn.attention import SDPBackend
 
-import runtime
-from cli import FailedElsewhere, TransientError, UserError
-from runtime import Runtime, checksum, choose_device, choose_dtype, peak_flops
+from support import runtime
+from support.runtime import Runtime, checksum, choose_device, choose_dtype, peak_flops
+from support.script import FailedElsewhere, TransientError, UserError
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

@@ -10,9 +10,7 @@ import pytest
 import torch
 from tools import command, run_python, save_tiny_model, sharpen
 
-import cli
 import sample
-from cli import UserError, printable
 from model import GPT, GPTConfig
 from sample import (
     SampleConfig,
@@ -24,6 +22,8 @@ from sample import (
     sample_text,
     stream_text,
 )
+from support import script
+from support.script import UserError, printable
 from tokens import get_encoding
 
 SHAPES = [
@@ -407,7 +407,7 @@ def test_a_pipe_gets_all_bytes_as_they_are():
 def test_say_escapes_on_a_terminal(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
-    cli.say("a\x1b[2Jb")
+    script.say("a\x1b[2Jb")
     assert terminal.getvalue() == "a\\x1b[2Jb\n"
 
 

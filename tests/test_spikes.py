@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spikes import SpikeGuard
+from support.spikes import SpikeGuard
 
 
 def guard_after(losses, skips: bool = True) -> tuple[SpikeGuard, list[int]]:

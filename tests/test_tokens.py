@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tools import ROOT
 
 import tokens
-from cli import UserError
+from support.script import UserError
 from tokens import (
     Shard,
     TokenArray,

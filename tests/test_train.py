@@ -33,14 +33,13 @@ from tools import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2LMHeadModel
 
-import cli
 import hellaswag
-import run_directory
 import train_gpt2
-from files import locked
 from model import GPT, NextTokenLoss
-from plan import flops_per_token
-from runtime import Runtime, start
+from support import run_directory, script
+from support.files import locked
+from support.plan import flops_per_token
+from support.runtime import Runtime, start
 from tokens import get_encoding, open_data, token_bytes, write_manifest, write_shard
 from train_gpt2 import (
     RECIPES,
@@ -325,7 +324,7 @@ def test_the_directory_is_ours_before_the_data_are_prepared(data, in_tmp, monkey
 
     def prepare_and_look(config, rt):
         code = (
-            "from pathlib import Path; from cli import run_script; from files import locked\n"
+            "from pathlib import Path; from support.script import run_script; from support.files import locked\n"
             "run_script(lambda: locked(Path('r')).__enter__())"
         )
         second = run_python("-c", code, cwd=in_tmp, env={"PYTHONPATH": str(ROOT)})
@@ -756,7 +755,7 @@ def test_a_fault_of_a_side_activity_is_one_warning_and_the_run_ends_as_without_i
         (torch.OutOfMemoryError("CUDA out of memory"), 2),
         (RuntimeError("Connection closed by peer"), 2),
         (KeyboardInterrupt(), 130),
-        (cli.Stopped(signal.SIGTERM), 143),
+        (script.Stopped(signal.SIGTERM), 143),
     ],
     ids=lambda value: type(value).__name__,
 )

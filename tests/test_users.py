@@ -17,11 +17,10 @@ from tools import ROOT, run_main, run_python, save_tiny_model, tiny_model
 
 import fineweb
 import hellaswag
-import plot
-import run_directory
 import sample
 import train_gpt2
 from model import GPT
+from support import plot, run_directory
 from tokens import open_data
 
 TINY = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--seq-len", 32, "--max-steps", 2)

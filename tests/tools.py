@@ -23,8 +23,8 @@ if str(ROOT) not in sys.path:
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from cli import run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from support.script import run_script  # noqa: E402
 from tokens import write_manifest, write_shard  # noqa: E402
 
 # --------------------------------------------------------------------------------- tiny models

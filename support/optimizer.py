@@ -21,9 +21,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from cli import UserError
 from model import GPT
-from runtime import choose_dtype
+from support.runtime import choose_dtype
+from support.script import UserError
 
 # The parts of a block that Muon trains, and how many matrices each holds. The rows of c_attn are
 # queries, keys and values: three maps that only share a tensor, so each is made orthogonal alone.

@@ -15,9 +15,9 @@ import time
 
 import torch
 
-from cli import UserError
 from model import LOSS_ROWS, GPTConfig
-from runtime import PEAK_FLOPS, Runtime, peak_flops, unfused_attention_is_faster
+from support.runtime import PEAK_FLOPS, Runtime, peak_flops, unfused_attention_is_faster
+from support.script import UserError
 
 # The part of a device's matrix throughput that training reaches. docs/scaling.md compares it with
 # published runs.

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from cli import UserError
+from support.script import UserError
 
 # What a file system answers when it has no such operation: Lustre, CIFS and FUSE lack some of them.
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}

@@ -220,9 +220,9 @@ def exit_on_signals() -> None:
     begins with
 
         if __name__ == "__main__":
-            import cli
+            from support import script
 
-            cli.exit_on_signals()
+            script.exit_on_signals()
     """
     handle_stop_signals(lambda signum, frame: os._exit(128 + signum))
 
@@ -336,7 +336,7 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
             if code == 1:
                 message = traceback.format_exc().rstrip()
             if is_final(error):
-                process_group = sys.modules.get("process_group")
+                process_group = sys.modules.get("support.ranks")
                 if process_group:
                     process_group.leave_word(message)
                 message = message if _report_final_error(message) else ""

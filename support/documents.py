@@ -27,9 +27,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 
-from cli import UserError
-from files import open_file, refuse_holes, walking
-from hub import (
+from support.files import open_file, refuse_holes, walking
+from support.hub import (
     MOST_ANSWER_BYTES,
     EndlessDownload,
     at_most,
@@ -37,6 +36,7 @@ from hub import (
     guard,
     without_secrets,
 )
+from support.script import UserError
 
 # Bytes of the longest document that is read, but for a text file that is one document: longer ones
 # are skipped. Crawled pages have at most 5 MB, the longest novels 10 MB.

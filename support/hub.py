@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from cli import UNPRINTABLE, UserError
-from files import plain_name
+from support.files import plain_name
+from support.script import UNPRINTABLE, UserError
 
 # Bytes of an answer that is no file: what is known of a repository, or the list of its files.
 MOST_ANSWER_BYTES = 2**28

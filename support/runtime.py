@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cli
-import process_group
-from cli import FailedElsewhere, UserError
+from support import ranks, script
+from support.script import FailedElsewhere, UserError
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Runtime:
     def say(self, *lines: str) -> None:
         """Print on rank 0, above any progress bar."""
         if self.is_main:
-            cli.say(*lines)
+            script.say(*lines)
 
     # ------------------------------------------------------------------------------- precision
 
@@ -118,7 +117,7 @@ class Runtime:
             except Exception as caught:
                 error = caught
         self._wait_for_main()
-        failure = (cli.describe(error), cli.is_final(error)) if error else None
+        failure = (script.describe(error), script.is_final(error)) if error else None
         failure, result = self.broadcast((failure, result))
         if error:
             raise error
@@ -134,7 +133,7 @@ class Runtime:
             result = work()
         except Exception as caught:
             error = caught
-        finals = self.gather(cli.is_final(error) if error else None)
+        finals = self.gather(script.is_final(error) if error else None)
         failed = [rank for rank, is_final in enumerate(finals) if is_final is not None]
         if not failed:
             return result
@@ -151,7 +150,7 @@ class Runtime:
 
     def raise_on_all(self, error: Exception) -> NoReturn:
         """End all ranks, which have found the same error: rank 0 with it, the others silently."""
-        raise error if self.is_main else FailedElsewhere(is_final=cli.is_final(error))
+        raise error if self.is_main else FailedElsewhere(is_final=script.is_final(error))
 
     def _wait_for_main(self) -> None:
         """Wait until rank 0 has come here, however long it takes.
@@ -167,7 +166,7 @@ class Runtime:
                 self.store.set(key, "done")
             pause = 0.01
             while not self.store.check([key]):
-                process_group.check_main_has_not_left(self.store)
+                ranks.check_main_has_not_left(self.store)
                 time.sleep(pause)
                 pause = min(2 * pause, 0.5)
 
@@ -217,7 +216,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Join the process group if torchrun has started us; settle device and precision."""
-    rank, world_size = process_group.place_in_environment()
+    rank, world_size = ranks.place_in_environment()
     chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = cuda_device_of_rank(chosen)
@@ -232,8 +231,8 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     if chosen.type == "cpu":
         # Despite its name it rules the CPU too: unfused attention stays in bfloat16.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    process_group.end_with_launcher()
-    store = process_group.join(chosen) if world_size > 1 else None
+    ranks.end_with_launcher()
+    store = ranks.join(chosen) if world_size > 1 else None
     return Runtime(rank, world_size, chosen, chosen_dtype, store)
 
 

@@ -25,8 +25,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-import cli
-from cli import LostContact, UserError
+from support import script
+from support.script import LostContact, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits in a collective
 STORE_TIMEOUT = datetime.timedelta(seconds=30)  # how long the store may take to answer
@@ -297,7 +297,7 @@ def wait(is_done: Callable[[], bool], what: Callable[[], str], speaks: bool) -> 
                 f"time; {WHAT_TO_CHECK}"
             )
         if speaks and waited > next_word:
-            cli.say(what())
+            script.say(what())
             next_word += 60
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
@@ -386,7 +386,7 @@ class Heartbeat:
         here = f"rank {self.rank} on {socket.gethostname()}"
         text = f"{here} has heard nothing of {who} for {beats * HEARTBEAT_SECONDS} s"
         if beats == BEATS_TO_WARN:
-            cli.say(f"warning: {text}")
+            script.say(f"warning: {text}")
         if beats >= BEATS_TO_END:
             sys.stderr.write(f"error: {text}; expected a sign of life; {WHAT_TO_CHECK}\n")
             sys.stderr.flush()
@@ -420,7 +420,7 @@ def stop_signals_end_at_once():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    replaced = cli.handle_stop_signals(signal.SIG_DFL)
+    replaced = script.handle_stop_signals(signal.SIG_DFL)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""cli.py: what each error and signal becomes, and output that never ends the work."""
+"""support/script.py: what each error and signal becomes, and output that never ends the work."""
 
 import errno
 import os
@@ -12,10 +12,10 @@ import pytest
 import torch
 from tools import ROOT, run_main, run_python, start_script
 
-import cli
-from cli import Stopped, UserError, parse_flags
+from support import script
+from support.script import Stopped, UserError, parse_flags
 
-HEADER = "import os, signal, sys, time\nimport cli\n"
+HEADER = "import os, signal, sys, time\nfrom support import script\n"
 
 
 def exit_code_of(error: BaseException, capsys, **run) -> tuple[int, str]:
@@ -31,7 +31,7 @@ def write_script(folder, body: str):
     """A script whose main is `body`, under run_script."""
     file = folder / "script.py"
     lines = "".join(f"    {line}\n" for line in body.splitlines())
-    file.write_text(f"{HEADER}def main():\n{lines}cli.run_script(main)\n")
+    file.write_text(f"{HEADER}def main():\n{lines}script.run_script(main)\n")
     return file
 
 
@@ -107,7 +107,7 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_is_2_with_what_the_script_advises(error, capsys):
-    code, message = cli.exit_code_and_message(error, "lower --micro-batch")
+    code, message = script.exit_code_and_message(error, "lower --micro-batch")
     assert code == 2
     assert message.startswith("error: ")
     assert message.endswith("; lower --micro-batch")
@@ -120,7 +120,7 @@ def test_out_of_memory_is_2_with_what_the_script_advises(error, capsys):
 def test_what_torch_raises_when_the_cpu_has_no_memory_is_out_of_memory():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50, dtype=torch.uint8)
-    assert cli.is_out_of_memory(raised.value)
+    assert script.is_out_of_memory(raised.value)
 
 
 def test_another_runtime_error_is_a_fault(capsys):
@@ -145,10 +145,10 @@ def test_a_message_is_written_in_one_piece(kind, monkeypatch):
 
 def test_what_a_restart_may_mend_is_final_on_no_rank():
     final = UserError("this; expected that; do it")
-    passing = cli.TransientError("this; expected that; do it")
-    assert cli.is_final(final) and cli.is_final(cli.FailedElsewhere(is_final=True))
-    assert not cli.is_final(passing)
-    assert not cli.is_final(cli.FailedElsewhere("why", is_final=False))
+    passing = script.TransientError("this; expected that; do it")
+    assert script.is_final(final) and script.is_final(script.FailedElsewhere(is_final=True))
+    assert not script.is_final(passing)
+    assert not script.is_final(script.FailedElsewhere("why", is_final=False))
 
 
 @pytest.mark.parametrize("script", ["train_gpt2.py", "hellaswag.py"])
@@ -156,7 +156,7 @@ def test_a_restart_after_a_final_error_ends_before_torch_is_imported(tmp_path, s
     """torchrun's folders of two attempts, the first of which has left the mark."""
     for attempt in ("attempt_0", "attempt_1"):
         (tmp_path / attempt / "0").mkdir(parents=True)
-    (tmp_path / "attempt_0" / f"{cli.FINAL_ERROR}0").touch()
+    (tmp_path / "attempt_0" / f"{script.FINAL_ERROR}0").touch()
     (tmp_path / "attempt_0/0/error.json").write_text("{}")
     report = tmp_path / "attempt_1/0/error.json"
     restarted = {"TORCHELASTIC_ERROR_FILE": str(report), "TORCHELASTIC_RESTART_COUNT": "1"}
@@ -202,7 +202,7 @@ def start_and_wait(script) -> subprocess.Popen:
     return process
 
 
-STOPS = [getattr(signal, name) for name in cli.STOP_SIGNALS]
+STOPS = [getattr(signal, name) for name in script.STOP_SIGNALS]
 
 
 @pytest.mark.parametrize("signum", STOPS, ids=lambda signum: signum.name)
@@ -218,12 +218,12 @@ def test_a_stop_signal_ends_a_script_with_its_code(tmp_path, signum):
 @pytest.mark.parametrize("signum", STOPS, ids=lambda signum: signum.name)
 def test_a_stop_request_lets_the_work_end_where_it_is_safe(tmp_path, signum):
     body = """
-with cli.StopRequest() as stop:
+with script.StopRequest() as stop:
     print('ready', flush=True)
     while not stop.signum:
         time.sleep(0.01)
     print('saved', flush=True)
-raise cli.Stopped(stop.signum)"""
+raise script.Stopped(stop.signum)"""
     process = start_and_wait(write_script(tmp_path, body))
     process.send_signal(signum)
     out, _ = process.communicate(timeout=30)
@@ -231,14 +231,14 @@ raise cli.Stopped(stop.signum)"""
 
 
 SAVES_SLOWLY = """
-with cli.StopRequest() as stop:
+with script.StopRequest() as stop:
     print('ready', flush=True)
     while not stop.signum:
         time.sleep(0.01)
     print('saving', flush=True)
     time.sleep(float(sys.argv[1]))
     print('saved', flush=True)
-raise cli.Stopped(stop.signum)"""
+raise script.Stopped(stop.signum)"""
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -293,11 +293,11 @@ def test_a_signal_while_torch_is_imported_gives_no_traceback(tmp_path, signum):
     script = tmp_path / "script.py"
     script.write_text(
         "if __name__ == '__main__':\n"
-        "    import cli\n\n"
-        "    cli.exit_on_signals()\n"
+        "    from support import script\n\n"
+        "    script.exit_on_signals()\n"
         "print('ready', flush=True)\n"
         "import torch\n"
-        "cli.run_script(lambda: None)\n"
+        "script.run_script(lambda: None)\n"
     )
     process = start_and_wait(script)
     process.send_signal(signum)
@@ -308,7 +308,7 @@ def test_a_signal_while_torch_is_imported_gives_no_traceback(tmp_path, signum):
 def test_importing_cli_leaves_the_signals_alone():
     done = run_python(
         "-c",
-        "import signal; before = signal.getsignal(2), signal.getsignal(15); import cli;"
+        "import signal; before = signal.getsignal(2), signal.getsignal(15); from support import script;"
         "assert before == (signal.getsignal(2), signal.getsignal(15))",
     )
     assert done.returncode == 0, done.stderr
@@ -320,7 +320,7 @@ WRITES = """
 import warnings
 from tqdm import tqdm
 for i in tqdm(range(300), mininterval=0, miniters=1):
-    cli.say(f"line {i} " + "x" * 100)
+    script.say(f"line {i} " + "x" * 100)
     warnings.warn(f"warning {i}", stacklevel=1)
 open(sys.argv[1], "w").write("done")"""
 
@@ -379,7 +379,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_work(tmp_path):
 
 
 def test_a_locale_without_a_character_does_not_end_the_work(tmp_path):
-    body = "cli.say('\\u2192 caf\\u00e9')\nprint('\\u2192')"
+    body = "script.say('\\u2192 caf\\u00e9')\nprint('\\u2192')"
     script = write_script(tmp_path, body)
     done = subprocess.run(
         [sys.executable, script],

@@ -21,8 +21,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from cli import UserError
-from runtime import Runtime
+from support.runtime import Runtime
+from support.script import UserError
 
 
 def sum_in_fixed_order(

@@ -1,7 +1,7 @@
 """Loss and HellaSwag curves of one or several runs, from their log.jsonl.
 
-    python plot.py runs/gpt2 runs/gpt2-2 --out curves.png
-    python plot.py runs/* --table            # final losses as a Markdown table, no picture
+    python support/plot.py runs/gpt2 runs/gpt2-2 --out curves.png
+    python support/plot.py runs/* --table            # final losses as a Markdown table, no picture
 
 A folder that is not a run stands for the runs below it. Runs whose configurations differ only in
 their seed are drawn as one curve, their mean, in a band from the lowest of them to the highest.
@@ -20,10 +20,10 @@ from unittest import mock
 import numpy as np
 import tyro
 
-import cli
-from cli import UserError, parse_flags, run_script
-from files import read_json, read_lines, same_folder, walking, write_file
 from fineweb import FINEWEB_EDU_FOLDER
+from support import script
+from support.files import read_json, read_lines, same_folder, walking, write_file
+from support.script import UserError, parse_flags, run_script
 
 # OpenAI's GPT-2 by number of layers. HellaSwag is acc_norm in percent, completion style, from
 # build-nanogpt (124M and XL) and llm.c (the two between). The loss is that of the 124M model on
@@ -66,7 +66,7 @@ class Run:
     curves: dict[str, Curve]  # by event: "train", "eval", "hellaswag"
 
 
-def find_runs(folders: list[Path], say: Callable[[str], None] = cli.say) -> list[Path]:
+def find_runs(folders: list[Path], say: Callable[[str], None] = script.say) -> list[Path]:
     """The run directories among `folders` and below them, in order of their names.
 
     A folder without any is passed over with a line that says so. Raises UserError if no run is
@@ -98,7 +98,7 @@ def runs_below(folder: Path) -> list[Path]:
     return found
 
 
-def read_run(folder: Path, say: Callable[[str], None] = cli.say) -> Run:
+def read_run(folder: Path, say: Callable[[str], None] = script.say) -> Run:
     """Read train.json and log.jsonl. What is damaged in them is passed over with one line each."""
     return Run(folder.name or str(folder), read_config(folder, say), read_log(folder, say))
 
@@ -246,7 +246,7 @@ def unit_of_loss(runs: list[Run]) -> str:
 # ---------------------------------------------------------------------------------------- drawing
 
 
-def draw_curves(folders: list[Path], file: Path, say: Callable[[str], None] = cli.say) -> None:
+def draw_curves(folders: list[Path], file: Path, say: Callable[[str], None] = script.say) -> None:
     """Draw training and validation loss against tokens, and HellaSwag beside them if it was scored.
 
     folders: run directories. file: the picture, of the kind that its suffix names. It is replaced
@@ -528,7 +528,7 @@ def main() -> None:
         print(table(group_by_configuration([read_run(folder) for folder in folders])))
     else:
         draw_curves(folders, config.out)
-        cli.say(str(config.out))
+        script.say(str(config.out))
 
 
 if __name__ == "__main__":

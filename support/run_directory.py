@@ -37,8 +37,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli import Stopped, UserError, say
-from files import (
+from model import GPT, GPTConfig, read_config, read_header
+from support.files import (
     file_sha256,
     locked,
     plain_name,
@@ -50,8 +50,8 @@ from files import (
     sync,
     write_file,
 )
-from model import GPT, GPTConfig, read_config, read_header
-from optimizer import STATE_OF
+from support.optimizer import STATE_OF
+from support.script import Stopped, UserError, say
 from tokens import ENCODINGS, check_tokenizer, encoding_for, save_tokenizer
 
 SCHEMA = 2  # of state.json; a newer one is refused
@@ -63,7 +63,7 @@ STATE = {
     "elapsed": float,
     "data": str,
     "train_json": str,
-    "spikes?": {"losses": [float], "left_out": int},  # see spikes.py
+    "spikes?": {"losses": [float], "left_out": int},  # see support/spikes.py
 }
 MANIFEST = {"files": {str: {"size": int, "sha256": str}}}
 BEST = {"step": int, "val_loss": float}
@@ -780,10 +780,11 @@ def provenance(device: torch.device) -> dict:
 
 
 def hash_of_code() -> str:
-    """A hash of the files that decide what is learned, so that an edited one shows."""
+    """A hash of the code that runs: the top level and all of support/."""
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for name in ("model.py", "optimizer.py", "train_gpt2.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for file in sorted([*root.glob("*.py"), *root.glob("support/*.py")]):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from cli import UserError
-from files import open_descriptor, open_file, read_json
+from support.files import open_descriptor, open_file, read_json
+from support.script import UserError
 
 SUFFIXES = (".bin", ".npy", ".ds")  # of token files: llm.c and ours, build-nanogpt, datatrove
 
