@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   GPT-2 124M on eight GPUs
     python train_gpt2.py --init-from gpt2 --data novel.txt   fine-tune OpenAI's weights on your text
 
-Reads token shards (tokens.py). Writes a run directory (support/run_directory.py). Ctrl-C finishes the step
-in hand, saves and exits; the same command with --resume goes on from there.
+Reads token shards (tokens.py). Writes a run directory (support/run_directory.py). Ctrl-C finishes
+the step in hand, saves and exits; the same command with --resume goes on from there.
 
 Read it from the top: the configuration, the pieces of a training step, the loop, `main`. What
 follows `main` are the details of the command line.
@@ -502,7 +502,8 @@ def backward_in_fixed_order(
 ) -> torch.Tensor:
     """What `backward` does, with sums in an order that does not depend on the number of ranks.
 
-    support/gradients.py adds up the micro-batches of a rank as they come, and then those sums over ranks.
+    support/gradients.py adds up the micro-batches of a rank as they come, and then those sums over
+    ranks.
     """
     micro_batches = batch.split(sequences_at_once(config))
 
@@ -639,10 +640,10 @@ class Training:
 
 
 # How a run stops. A signal makes script.StopRequest note its number, and nothing else. The ranks
-# compare these numbers at certain points, all at the same ones. If one rank has been signalled,
-# AllRanksStop is raised on every rank. The loop then saves, and raises script.Stopped, which becomes
-# the exit code. What rank 0 could not write is told to the others in the same way, and the error is
-# raised instead.
+# compare these numbers at certain points, all at the same ones. If one rank has been
+# signalled, AllRanksStop is raised on every rank. The loop then saves, and raises script.Stopped,
+# which becomes the exit code. What rank 0 could not write is told to the others in the same way,
+# and the error is raised instead.
 
 
 class AllRanksStop(BaseException):
@@ -752,8 +753,9 @@ def is_due(event: str, step: int, training: Training) -> bool:
 def save(step: int, training: Training) -> None:
     """Save the checkpoint of this step, unless it is there already.
 
-    It counts only when it is whole: support/run_directory.py writes all its files under another name, then
-    a manifest with their hashes, and renames the directory last. A resumed run verifies the hashes.
+    It counts only when it is whole: run_directory.py writes all its files under another name,
+    then a manifest with their hashes, and renames the directory last. A resumed run verifies the
+    hashes.
     """
     run = training.run
     if step == run.last_saved:

@@ -545,7 +545,8 @@ def resolve_model(name: str | None, warn: Callable[[str], None] = print) -> str:
         steps = [folder.name for folder in step_directories(place.parent)]
         expected = f"one of {', '.join(steps)}" if steps else "a run that has saved one"
         raise UserError(
-            f"{place}: no such checkpoint; expected {expected}; check the name, or name the run alone"
+            f"{place}: no such checkpoint; expected {expected}; check the name, or name the run "
+            "alone"
         )
     if place.parts[:1] == ("runs",) and not is_there:
         runs = sorted(str(run) for run in Path("runs").glob("*") if is_run(run))

@@ -1,4 +1,5 @@
-"""support/files.py: writes that are whole or not there, reads that are checked, and one writer a folder."""
+"""support/files.py: writes that are whole or not there, reads that are checked, and one writer a
+folder."""
 
 import errno
 import hashlib

@@ -1,4 +1,5 @@
-"""support/optimizer.py: Muon against plain references, what decays, learning rates, state in and out."""
+"""support/optimizer.py: Muon against plain references, what decays, learning rates, state in and
+out."""
 
 import copy
 import math

@@ -308,7 +308,8 @@ def test_a_signal_while_torch_is_imported_gives_no_traceback(tmp_path, signum):
 def test_importing_cli_leaves_the_signals_alone():
     done = run_python(
         "-c",
-        "import signal; before = signal.getsignal(2), signal.getsignal(15); from support import script;"
+        "import signal; before = signal.getsignal(2), signal.getsignal(15);"
+        "from support import script;"
         "assert before == (signal.getsignal(2), signal.getsignal(15))",
     )
     assert done.returncode == 0, done.stderr

@@ -324,7 +324,8 @@ def test_the_directory_is_ours_before_the_data_are_prepared(data, in_tmp, monkey
 
     def prepare_and_look(config, rt):
         code = (
-            "from pathlib import Path; from support.script import run_script; from support.files import locked\n"
+            "from pathlib import Path; from support.script import run_script;"
+            "from support.files import locked\n"
             "run_script(lambda: locked(Path('r')).__enter__())"
         )
         second = run_python("-c", code, cwd=in_tmp, env={"PYTHONPATH": str(ROOT)})
