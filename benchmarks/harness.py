@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import GPT, SIZES, GPTConfig
 from support import runtime
+from support.huggingface import save_tokenizer
 from support.runtime import Runtime, keep_freed_memory
-from tokens import get_encoding, save_tokenizer
+from tokens import get_encoding
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (

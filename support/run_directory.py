@@ -50,9 +50,10 @@ from support.files import (
     sync,
     write_file,
 )
+from support.huggingface import check_tokenizer, save_tokenizer
 from support.optimizer import STATE_OF
 from support.script import Stopped, UserError, say
-from tokens import ENCODINGS, check_tokenizer, encoding_for, save_tokenizer
+from tokens import ENCODINGS, encoding_for
 
 SCHEMA = 2  # of state.json; a newer one is refused
 MODEL_FILES = ("config.json", "model.safetensors")  # what sampling and scoring read

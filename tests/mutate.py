@@ -43,9 +43,10 @@ import fineweb
 import hellaswag
 import train_gpt2
 from support import plot, run_directory
+from support.huggingface import save_tokenizer
 from support.run_directory import RunDirectory, load_model
 from support.script import UserError
-from tokens import get_encoding, open_data, save_tokenizer, verify, verify_shards
+from tokens import get_encoding, open_data, verify, verify_shards
 
 MOST_SECONDS = 5.0
 MOST_BYTES = 10**9

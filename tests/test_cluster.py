@@ -23,8 +23,9 @@ import torch.distributed as dist
 from tools import ROOT, read_log, run_python, torchrun, write_bytes_data
 
 from support import ranks, script
+from support.huggingface import save_tokenizer
 from support.script import UserError
-from tokens import TokenData, get_encoding, open_data, save_tokenizer
+from tokens import TokenData, get_encoding, open_data
 
 BIN = Path(sys.executable).parent  # where torchrun is
 ON_LINUX = sys.platform == "linux"

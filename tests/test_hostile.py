@@ -33,9 +33,10 @@ import train_gpt2
 from support import documents, plot, run_directory, runtime, script
 from support.files import locked, read_lines
 from support.hub import without_secrets
+from support.huggingface import save_tokenizer
 from support.run_directory import RunDirectory, load_model
 from support.script import UserError, exit_code_and_message
-from tokens import get_encoding, open_data, save_tokenizer, verify
+from tokens import get_encoding, open_data, verify
 from train_gpt2 import main
 
 TINY_FLAGS = """

@@ -26,8 +26,9 @@ from model import (
     NextTokenLoss,
     read_config,
 )
+from support.huggingface import save_tokenizer
 from support.script import UserError
-from tokens import get_encoding, save_tokenizer
+from tokens import get_encoding
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=257)
 
