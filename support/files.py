@@ -221,6 +221,22 @@ def read_lines(
         )
 
 
+def read_jsonl(file: Path) -> Iterator[tuple[bytes, dict | None]]:
+    """The lines of a file of JSON objects, each with its object, or None where it is none.
+
+    A line comes without its newline. One of more than 16 MiB comes in pieces, which are no JSON.
+    Raises UserError.
+    """
+    with open_file(file) as f:
+        while line := f.readline(2**24):
+            line = line.removesuffix(b"\n")
+            try:
+                entry = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError):
+                entry = None
+            yield line, entry if isinstance(entry, dict) else None
+
+
 def read_json(file: Path, shape: dict, limit: int = 2**20) -> dict:
     """A JSON file of at most `limit` bytes, checked against `shape`. Raises UserError.
 

@@ -11,7 +11,9 @@ is the one place that turns an error or a signal into an exit code:
 """
 
 import contextlib
+import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -19,8 +21,11 @@ import socket
 import sys
 import time
 import traceback
+import types
+import typing
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -70,6 +75,66 @@ class FailedElsewhere(Exception):
 # ---------------------------------------------------------------------------------------- flags
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have, beside its type: `Annotated[int, Range(1)]`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # `least` itself is not among them
+    below: bool = False  # `most` itself is not among them
+
+    def __contains__(self, value: object) -> bool:
+        if type(value) not in (int, float):
+            return False
+        is_high_enough = value > self.least if self.above else value >= self.least
+        is_low_enough = value < self.most if self.below else value <= self.most
+        return is_high_enough and is_low_enough
+
+    def __str__(self) -> str:
+        bounds = []
+        if self.least > -math.inf:
+            bounds.append(f"{'more than' if self.above else 'at least'} {self.least:,}")
+        if self.most < math.inf:
+            bounds.append(f"{'less than' if self.below else 'at most'} {self.most:,}")
+        return " and ".join(bounds) or "a number"
+
+
+def check_fields(config: object) -> None:
+    """Compare the fields of a dataclass with their `Range` or `Literal`. None is always allowed.
+
+    Raises one UserError that names every field which is not as it should be.
+    """
+    faults = []
+    types_of_fields = typing.get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        for allowed in _allowed_values(types_of_fields[field.name]):
+            if value is not None and value not in allowed:
+                expected = allowed if isinstance(allowed, Range) else _alternatives(allowed)
+                flag = "--" + field.name.replace("_", "-")
+                faults.append(f"{flag} {shown(str(value))}: expected {expected}")
+    require(not faults, "; ".join(faults))
+
+
+def _allowed_values(kind: object) -> Iterator[Range | tuple]:
+    """The ranges and choices that stand in a type, which may be Annotated or one of several."""
+    if typing.get_origin(kind) is typing.Literal:
+        yield typing.get_args(kind)
+    elif typing.get_origin(kind) is typing.Annotated:
+        inner, *metadata = typing.get_args(kind)
+        yield from _allowed_values(inner)
+        yield from (entry for entry in metadata if isinstance(entry, Range))
+    elif typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for inner in typing.get_args(kind):
+            yield from _allowed_values(inner)
+
+
+def _alternatives(values: tuple) -> str:
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def parse_flags(
     config_class: type[Config],
     default: Config,
@@ -110,6 +175,19 @@ OF_LIBRARIES = re.compile(r"(?P<kept>^\r|\x1b\[[0-9;]*[mAK])|" + UNPRINTABLE.pat
 def escaped(text: str) -> str:
     """The text with what is UNPRINTABLE in it as \\x1b or \\u202e."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def shown(text: str, longest: int = 200, lines: bool = False) -> str:
+    """A name or a text that comes from a file or a model, as it is safe to show.
+
+    Control characters and marks of text direction become \\x1b or \\u202e, and a long text is cut.
+    lines: newlines and tabs stay, and so does the whole length.
+    """
+    if lines:
+        return escaped(text)
+    if len(text) > longest:
+        text = text[:longest] + "…"
+    return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def printable(text: str, stream: TextIO) -> str:
@@ -225,6 +303,33 @@ def exit_on_signals() -> None:
             script.exit_on_signals()
     """
     handle_stop_signals(lambda signum, frame: os._exit(128 + signum))
+
+
+def begin() -> None:
+    """What a script does before its heavy imports:
+
+        if __name__ == "__main__":
+            from support import script
+
+            script.begin()
+
+    Until `run_script` takes over, a stop signal ends the process without a traceback: importing
+    torch takes seconds, in which Ctrl-C would print one. And torchrun takes its workers with it.
+    """
+    exit_on_signals()
+    exit_if_restart_cannot_help()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """Ask for SIGTERM when torchrun dies, however it dies, so that no worker outlives it."""
+    pr_set_pdeathsig = 1  # of Linux's prctl.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    # It may have died before. In a container torchrun itself can be process 1.
+    if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+        os._exit(128 + signal.SIGTERM)
 
 
 class StopRequest:

@@ -241,6 +241,13 @@ def test_what_is_not_such_json_is_refused_with_the_file_named(tmp_path, content)
         read_json(tmp_path / "a.json", SHAPE)
 
 
+def test_the_lines_of_a_log_come_with_what_they_hold(tmp_path):
+    lines = [b'{"step": 1}', b"", b"[1]", b"\xff", b"[" * 200_000, b'{"step": 2']
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    entries = [{"step": 1}, None, None, None, None, None]
+    assert list(files.read_jsonl(tmp_path / "log.jsonl")) == list(zip(lines, entries, strict=True))
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pytest
 import torch
 from tools import ROOT, run_main, run_python, start_script
 
 from support import script
-from support.script import Stopped, UserError, parse_flags
+from support.script import Range, Stopped, UserError, check_fields, parse_flags
 
 HEADER = "import os, signal, sys, time\nfrom support import script\n"
 
@@ -191,6 +192,45 @@ def test_a_wrong_flag_is_2_and_named(args, capsys):
     assert args[0] in capsys.readouterr().err
 
 
+@dataclass(frozen=True)
+class Checked:
+    micro_batch: Annotated[int, Range(1)] = 4
+    top_p: Annotated[float | None, Range(0, 1, above=True)] = None
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    dtype: Literal["auto", "float32"] = "auto"
+    limit: Annotated[int, Range(most=5)] | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def test_all_fields_that_are_out_of_range_are_named_at_once():
+    assert Checked(1, 1.0, 0.0, "float32", 5)
+    with pytest.raises(UserError) as caught:
+        Checked(0, 0.0, 1.0, "a\nb", 6)
+    assert str(caught.value).split("; ") == [
+        "--micro-batch 0: expected at least 1",
+        "--top-p 0.0: expected more than 0 and at most 1",
+        "--dropout 1.0: expected at least 0 and less than 1",
+        "--dtype a\\nb: expected auto or float32",
+        "--limit 6: expected at most 5",
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", True])
+def test_what_is_no_number_of_the_range_is_refused(value):
+    with pytest.raises(UserError, match=f"--dropout {value}: "):
+        Checked(dropout=value)
+
+
+def test_a_range_leaves_the_flag_as_it_is(capsys):
+    flags = ["--micro-batch", "2", "--top-p", "0.5", "--limit", "3"]
+    assert parse_flags(Checked, Checked(), "What it does.", flags) == Checked(2, 0.5, limit=3)
+    with pytest.raises(SystemExit):
+        parse_flags(Checked, Checked(), "What it does.", ["--help"])
+    assert "Range" not in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------ signals
 
 
@@ -316,6 +356,13 @@ def test_importing_cli_leaves_the_signals_alone():
 
 
 # ------------------------------------------------------------------------------------- output
+
+
+def test_a_name_from_a_file_is_shown_in_one_line_that_a_terminal_does_not_obey():
+    assert script.shown("a\x1b[2J\u202eb\nc\t\ud800é") == "a\\x1b[2J\\u202eb\\nc\\t\\ud800é"
+    assert script.shown("x" * 1000) == "x" * 200 + "…"
+    assert script.shown("a\n\tb" * 100 + "\x1b", lines=True) == "a\n\tb" * 100 + "\\x1b"
+
 
 WRITES = """
 import warnings
