@@ -22,8 +22,7 @@ Source: arXiv 1905.07830.
 if __name__ == "__main__":  # before the imports, which take seconds, so that Ctrl-C ends them too
     from support import script
 
-    script.exit_on_signals()
-    script.exit_if_restart_cannot_help()
+    script.begin()
 
 
 import functools

@@ -16,8 +16,7 @@ Shapes: B sequences per micro-batch, T = seq_len tokens per sequence, W ranks.
 if __name__ == "__main__":  # before the imports, which take seconds, so that Ctrl-C ends them too
     from support import script
 
-    script.exit_on_signals()
-    script.exit_if_restart_cannot_help()
+    script.begin()
 
 
 import argparse
@@ -94,7 +93,7 @@ from tokens import (
 
 
 # What --help says above the flags: the head of this file, without what is for readers of the code.
-HELP = __doc__.partition("\nRead it from the top")[0]
+HELP = (__doc__ or "").partition("\nRead it from the top")[0]
 
 
 @dataclass(frozen=True)

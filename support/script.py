@@ -23,7 +23,6 @@ import time
 import traceback
 import types
 import typing
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,34 +41,20 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
-class TransientError(UserError):
-    """What a restart may mend, unlike bad input."""
-
-
-class LostContact(TransientError):
-    """Other processes of this run cannot be reached."""
-
-
 class Stopped(BaseException):
     """A signal has ended the work.
 
     Like KeyboardInterrupt it is no Exception: an `except Exception` in a library must not lose it.
+    message: the last line, such as how to go on.
     at_once: it was not the first one, and nothing is waited for: neither a checkpoint that is being
     written, nor threads, nor what libraries do when a process ends.
     """
 
-    def __init__(self, signum: int, at_once: bool = False):
+    def __init__(self, signum: int, message: str = "", at_once: bool = False):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+        self.message = message
         self.at_once = at_once
-
-
-class FailedElsewhere(Exception):
-    """Rank 0 of this run has failed, and has said why; empty where that need not be repeated."""
-
-    def __init__(self, reason: str = "", is_final: bool = True):
-        super().__init__(reason)
-        self.is_final = is_final  # of rank 0's error
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -138,20 +123,21 @@ def _alternatives(values: tuple) -> str:
 def parse_flags(
     config_class: type[Config],
     default: Config,
-    description: str,
+    description: str | None,
     args: list[str] | None = None,
 ) -> Config:
     """The command line as an instance of a dataclass: a flag for each field, its comment as help.
 
     Flags override the values of `default`. An unknown or malformed flag exits with code 2. Of
-    several ranks only the first one of each machine prints help or errors.
+    several ranks only the first one of each machine prints help or errors. `python -OO` leaves no
+    docstring for a description.
     """
     import tyro  # slow to import, and a notebook does without
 
     return tyro.cli(
         config_class,
         default=default,
-        description=description,
+        description=description or "",
         args=args,
         console_outputs=os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0",
     )
@@ -168,31 +154,23 @@ UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
     "\u200b\u2028\u2029\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e00ff]"
 )
-# What progress bars and colored help begin a line or a word with.
-OF_LIBRARIES = re.compile(r"(?P<kept>^\r|\x1b\[[0-9;]*[mAK])|" + UNPRINTABLE.pattern)
-
-
-def escaped(text: str) -> str:
-    """The text with what is UNPRINTABLE in it as \\x1b or \\u202e."""
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def shown(text: str, longest: int = 200, lines: bool = False) -> str:
     """A name or a text that comes from a file or a model, as it is safe to show.
 
-    Control characters and marks of text direction become \\x1b or \\u202e, and a long text is cut.
+    What is UNPRINTABLE in it becomes \\x1b or \\u202e, newlines become \\n, and it is cut.
     lines: newlines and tabs stay, and so does the whole length.
     """
-    if lines:
-        return escaped(text)
-    if len(text) > longest:
-        text = text[:longest] + "…"
-    return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
+    if not lines:
+        text = text if len(text) <= longest else text[:longest] + "…"
+        text = text.replace("\n", "\\n").replace("\t", "\\t")
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def printable(text: str, stream: TextIO) -> str:
-    """The text as it is safe to write to the stream: escaped for a terminal, else unchanged."""
-    return escaped(text) if stream.isatty() else text
+    """The text as a terminal is safe from it; unchanged where the stream is none."""
+    return shown(text, lines=True) if stream.isatty() else text
 
 
 def say(*lines: str) -> None:
@@ -210,52 +188,13 @@ def _write_message(message: str) -> None:
     sys.stderr.flush()
 
 
-class _Escaping:
-    """A text stream that a terminal is safe from, whatever a library writes.
-
-    It may be help or a usage error that repeats a value, or a warning with a server's words.
-    Colors and the movements of progress bars are left.
-    """
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        shown = text
-        if self._stream.isatty():
-            shown = OF_LIBRARIES.sub(lambda match: match["kept"] or escaped(match[0]), text)
-        self._stream.write(shown)
-        return len(text)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-class _Unfailing(_Escaping):
-    """One whose failed writes are dropped.
-
-    A progress bar on a terminal that is gone, or a warning into a full file, must not end the work.
-    """
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-
 def _open_output() -> None:
     """Make stdout and stderr fit to be written to, whatever they were when the script started."""
-    if sys.stdout is None:  # it was closed, as by `>&-` in a shell
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    # A locale that lacks a character, as Latin-1 does most, shows its number instead.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stderr.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as by `>&-` in a shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # A locale that lacks a character, as Latin-1 does most, shows its number instead.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _close_output() -> None:
@@ -291,45 +230,33 @@ def handle_stop_signals(handler: Callable) -> dict:
     return replaced
 
 
-def exit_on_signals() -> None:
-    """Until `run_script` takes over, a stop signal ends the process without a traceback.
-
-    Importing torch takes seconds, in which Ctrl-C would print one. So a script that imports torch
-    begins with
-
-        if __name__ == "__main__":
-            from support import script
-
-            script.exit_on_signals()
-    """
-    handle_stop_signals(lambda signum, frame: os._exit(128 + signum))
-
-
 def begin() -> None:
-    """What a script does before its heavy imports:
+    """What a script does before its heavy imports, which take seconds:
 
         if __name__ == "__main__":
             from support import script
 
             script.begin()
 
-    Until `run_script` takes over, a stop signal ends the process without a traceback: importing
-    torch takes seconds, in which Ctrl-C would print one. And torchrun takes its workers with it.
+    Until `run_script` takes over, a stop signal ends the process without a traceback. And under
+    torchrun, a worker ends when torchrun does, however that was ended (on Linux).
     """
-    exit_on_signals()
-    exit_if_restart_cannot_help()
+    handle_stop_signals(lambda signum, frame: os._exit(128 + signum))
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """Ask for SIGTERM when torchrun dies, however it dies, so that no worker outlives it."""
-    pr_set_pdeathsig = 1  # of Linux's prctl.h
-    with contextlib.suppress(OSError, AttributeError):
+        pr_set_pdeathsig = 1  # of <linux/prctl.h>
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    # It may have died before. In a container torchrun itself can be process 1.
-    if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
-        os._exit(128 + signal.SIGTERM)
+        if _parent_has_ended():  # before it was asked for
+            os._exit(128 + signal.SIGTERM)
+
+
+def _parent_has_ended() -> bool:
+    """Whether process 1 is the parent now, and not because it is torchrun, as in a container."""
+    if os.getppid() != 1:
+        return False
+    try:
+        return b"python" not in Path("/proc/1/cmdline").read_bytes()
+    except OSError:  # other users' processes are hidden, so it is none of ours
+        return True
 
 
 class StopRequest:
@@ -358,60 +285,6 @@ class StopRequest:
             signal.signal(signum, handler)
 
 
-# -------------------------------------------------------------------------------------- torchrun
-
-# torchrun restarts its workers (--max-restarts) whatever they have failed of, also where bad input
-# will fail again. It has a folder for each attempt, on each machine, with a file for each worker's
-# error, which it shows when it gives up. There a worker also leaves a mark that its error is final.
-FINAL_ERROR = "final-error-"
-
-
-def _attempt_folder() -> Path | None:
-    """torchrun's folder for this attempt on this machine; None without torchrun."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull)
-    return None if file == os.devnull else Path(file).parents[1]
-
-
-def _report_final_error(message: str) -> bool:
-    """Leave the mark, and the message for torchrun; returns whether no other rank has said it."""
-    folder = _attempt_folder()
-    if folder is None:
-        return True
-    # torchrun shows it as it is, perhaps on a terminal.
-    text = escaped(message) or "error: rank 0 or this machine's first process has said why it ends"
-    report = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
-    mark = folder / f"{FINAL_ERROR}{zlib.crc32(text.encode()):08x}"
-    try:
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": report}))
-        mark.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def exit_if_restart_cannot_help() -> None:
-    """Exit with code 2 where torchrun has restarted us after an error that is final.
-
-    A script calls it before it imports torch, so that the restarts that are left take no time.
-    """
-    folder = _attempt_folder()
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if folder is None or restarts == 0:
-        return
-    earlier = folder.with_name(f"attempt_{restarts - 1}")
-    if not any(earlier.glob(f"{FINAL_ERROR}*")):
-        return
-    for mark in earlier.glob(f"{FINAL_ERROR}*"):
-        (folder / mark.name).touch()
-    for report in earlier.glob("*/error.json"):
-        target = folder / report.parent.name / report.name
-        if str(target) == os.environ["TORCHELASTIC_ERROR_FILE"]:
-            target.write_bytes(report.read_bytes())
-    sys.exit(2)
-
-
 # ---------------------------------------------------------------------------------------- the end
 
 
@@ -426,33 +299,19 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
 
     handle_stop_signals(stop)
     _open_output()
-    with (
-        contextlib.redirect_stdout(_Escaping(sys.stdout)),
-        contextlib.redirect_stderr(_Unfailing(sys.stderr)),
-    ):
-        try:
-            main()
-            code, message, at_once = 0, "", False
-        except (Exception, KeyboardInterrupt, Stopped, SystemExit) as error:
-            code, message = exit_code_and_message(error, out_of_memory)
-            message = message.replace("\n", "\\n")  # the name of a file may have more lines
-            if code == 2 and not is_final(error):
-                message = with_rank(message)
-            if code == 1:
-                message = traceback.format_exc().rstrip()
-            if is_final(error):
-                process_group = sys.modules.get("support.ranks")
-                if process_group:
-                    process_group.leave_word(message)
-                message = message if _report_final_error(message) else ""
-            at_once = isinstance(error, Stopped) and error.at_once
-        # After a failure the process group is left to die with the process: to destroy it in good
-        # order would be to wait for the other ranks.
-        distributed = sys.modules.get("torch.distributed")
-        if code == 0 and distributed and distributed.is_initialized():
-            distributed.destroy_process_group()
-        if message:
-            _write_message(message)
+    code, at_once = 0, False
+    try:
+        main()
+        _leave_ranks()
+    except (Exception, KeyboardInterrupt, Stopped, SystemExit) as error:
+        code, message = exit_code_and_message(error, out_of_memory)
+        message = message.replace("\n", "\\n")  # the name of a file may have more lines
+        if code == 1:
+            message = traceback.format_exc().rstrip()
+        told_torchrun = _tell_torchrun(message)
+        if message and not (told_torchrun and _first_rank_says_it(error)):
+            _write_message(with_rank(message) if code == 2 else message)
+        at_once = isinstance(error, Stopped) and error.at_once
     handle_stop_signals(lambda signum, frame: None)  # it ends already, and its code is settled
     _close_output()
     if at_once:
@@ -460,10 +319,46 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
     sys.exit(code)
 
 
+def _leave_ranks() -> None:
+    """End the process group in good order, which is to wait for the other ranks.
+
+    After a failure it is left to die with the process.
+    """
+    if "RANK" in os.environ:
+        from torch import distributed  # heavy, and then long since imported
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _tell_torchrun(message: str) -> bool:
+    """Leave the message for the report with which torchrun ends; returns whether there is one.
+
+    The file and its form are those of torch.distributed.elastic.multiprocessing.errors.record,
+    which would write the traceback of an error in place of the line that is for the user.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull)
+    if file == os.devnull:
+        return False
+    text = shown(message, lines=True) or "see above"
+    report = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
+    try:
+        Path(file).write_text(json.dumps({"message": report}))
+    except OSError:
+        return False
+    return True
+
+
+def _first_rank_says_it(error: BaseException) -> bool:
+    """Whether this machine's first rank ends with the same error as this rank."""
+    is_shared = isinstance(error, (UserError, Stopped)) or has_lost_contact(error)
+    return is_shared and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
 def with_rank(message: str) -> str:
     """The message of an error, with the rank and the machine that it is of, where that is not 0."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or f"rank {rank} " in message or not message.startswith("error: "):
+    if rank == "0" or f"rank {rank} " in message:
         return message
     return f"error: rank {rank} on {socket.gethostname()}: {message.removeprefix('error: ')}"
 
@@ -475,11 +370,8 @@ def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
     if isinstance(error, Stopped):
-        return 128 + error.signum, "interrupted" if error.signum == signal.SIGINT else ""
-    if isinstance(error, FailedElsewhere):
-        reason = str(error)
-        rank = os.environ.get("RANK", "0")
-        return 2, f"rank {rank} ends, since rank 0 has failed: {reason}" if reason else ""
+        interrupted = "interrupted" if error.signum == signal.SIGINT else ""
+        return 128 + error.signum, error.message or interrupted
     if isinstance(error, SystemExit):  # of the command line's reader, which has said why
         return error.code or 0, ""
     if has_lost_contact(error):
@@ -523,15 +415,6 @@ def what_the_machine_lacks(error: BaseException, out_of_memory: str) -> str:
     return ""
 
 
-def is_final(error: BaseException) -> bool:
-    """Whether the same command would fail again: bad input, but no fault of this program."""
-    if isinstance(error, SystemExit):
-        return error.code == 2
-    if isinstance(error, FailedElsewhere):
-        return error.is_final
-    return isinstance(error, UserError) and not isinstance(error, TransientError)
-
-
 def has_lost_contact(error: BaseException) -> bool:
     """Whether another process of the run has ended, or was cut off, while this one waited for it.
 
@@ -553,3 +436,23 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)
+
+
+# Names that go as soon as nothing uses them.
+
+
+class TransientError(UserError):
+    pass
+
+
+class FailedElsewhere(TransientError):
+    def __init__(self, reason: str = "", is_final: bool = True):
+        super().__init__(f"this rank ends, since rank 0 has failed: {reason or 'see there'}")
+
+
+LostContact = TransientError
+escaped = shown
+
+
+def is_final(error: BaseException) -> bool:
+    return not isinstance(error, TransientError)

@@ -1,17 +1,21 @@
 """support/script.py: what each error and signal becomes, and output that never ends the work."""
 
 import errno
+import io
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 import torch
 from tools import ROOT, run_main, run_python, start_script
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from support import script
 from support.script import Range, Stopped, UserError, check_fields, parse_flags
@@ -144,27 +148,42 @@ def test_a_message_is_written_in_one_piece(kind, monkeypatch):
     assert kind == "UserError" or "Traceback" in pieces[0]
 
 
-def test_what_a_restart_may_mend_is_final_on_no_rank():
-    final = UserError("this; expected that; do it")
-    passing = script.TransientError("this; expected that; do it")
-    assert script.is_final(final) and script.is_final(script.FailedElsewhere(is_final=True))
-    assert not script.is_final(passing)
-    assert not script.is_final(script.FailedElsewhere("why", is_final=False))
+@pytest.fixture
+def report(tmp_path, monkeypatch) -> Path:
+    """The file whose message torchrun shows when it gives up."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("RANK", "1")
+    return file
 
 
-@pytest.mark.parametrize("script", ["train_gpt2.py", "hellaswag.py"])
-def test_a_restart_after_a_final_error_ends_before_torch_is_imported(tmp_path, script):
-    """torchrun's folders of two attempts, the first of which has left the mark."""
-    for attempt in ("attempt_0", "attempt_1"):
-        (tmp_path / attempt / "0").mkdir(parents=True)
-    (tmp_path / "attempt_0" / f"{script.FINAL_ERROR}0").touch()
-    (tmp_path / "attempt_0/0/error.json").write_text("{}")
-    report = tmp_path / "attempt_1/0/error.json"
-    restarted = {"TORCHELASTIC_ERROR_FILE": str(report), "TORCHELASTIC_RESTART_COUNT": "1"}
-    done = run_python("-X", "importtime", ROOT / script, "--no-such-flag", env=restarted)
-    assert done.returncode == 2
-    assert report.read_text() == "{}"
-    assert "| torch\n" not in done.stderr
+@pytest.mark.parametrize("local_rank, printed", [("0", True), ("1", False)])
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (UserError("this; expected that; do it"), "error: this; expected that; do it"),
+        (Stopped(signal.SIGUSR1, "stopped; to go on: that command"), "stopped; to go on: that"),
+        (RuntimeError("Connection closed by peer"), "error: rank 1 has lost another rank"),
+    ],
+    ids=["bad input", "stopped", "lost contact"],
+)
+def test_what_ranks_share_is_said_once_a_machine_and_in_torchruns_report(
+    report, monkeypatch, capsys, local_rank, printed, error, message
+):
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    _, err = exit_code_of(error, capsys)
+    assert ("that" in err or "rank 1 has lost another rank" in err) == printed
+    failure = ProcessFailure(local_rank=1, pid=9, exitcode=2, error_file=str(report))
+    assert f": {message}" in str(ChildFailedError("train_gpt2.py", {1: failure}))
+
+
+def test_what_one_rank_has_alone_is_said_by_it(report, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    _, err = exit_code_of(OSError(errno.EIO, "Input/output error", "log.jsonl"), capsys)
+    assert err.startswith(f"error: rank 1 on {socket.gethostname()}: log.jsonl: Input/output error")
+    _, err = exit_code_of(KeyError("n_layer"), capsys)
+    assert err.startswith("Traceback")
+    assert "KeyError" in report.read_text()
 
 
 # -------------------------------------------------------------------------------------- flags
@@ -184,6 +203,16 @@ def test_a_field_is_a_flag_and_its_comment_the_help(capsys):
     out = capsys.readouterr().out
     assert "What it does." in out
     assert "of a line, in characters" in out
+
+
+SCRIPTS = ["train_gpt2.py", "sample.py", "hellaswag.py", "fineweb.py"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_needs_no_docstrings(name):
+    """`python -OO` leaves none."""
+    done = run_python("-OO", ROOT / name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("args", [["--height", "3"], ["--width", "wide"], ["--width"]])
@@ -334,7 +363,7 @@ def test_a_signal_while_torch_is_imported_gives_no_traceback(tmp_path, signum):
     script.write_text(
         "if __name__ == '__main__':\n"
         "    from support import script\n\n"
-        "    script.exit_on_signals()\n"
+        "    script.begin()\n"
         "print('ready', flush=True)\n"
         "import torch\n"
         "script.run_script(lambda: None)\n"
@@ -345,7 +374,7 @@ def test_a_signal_while_torch_is_imported_gives_no_traceback(tmp_path, signum):
     assert (process.returncode, err) == (128 + signum, "")
 
 
-def test_importing_cli_leaves_the_signals_alone():
+def test_importing_script_leaves_the_signals_alone():
     done = run_python(
         "-c",
         "import signal; before = signal.getsignal(2), signal.getsignal(15);"
@@ -353,6 +382,41 @@ def test_importing_cli_leaves_the_signals_alone():
         "assert before == (signal.getsignal(2), signal.getsignal(15))",
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has the signal")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_worker_ends_with_torchrun(tmp_path, when):
+    """Also where torchrun has ended before the worker could ask to be told."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"{HEADER}"
+        "if sys.argv[1] == 'before': sys.stdin.readline()\n"
+        "script.begin()\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    # A launcher that starts the worker, and is killed.
+    launcher = '"$0" "$1" "$2" <&3 & echo started; wait'
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(ROOT)}
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        ["sh", "-c", f"exec 3<&0; {launcher}", sys.executable, script, when],
+        stdin=reader,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout.readline() == "started\n"
+    if when == "after":
+        assert process.stdout.readline().strip().isdigit()
+    process.kill()
+    process.wait()
+    os.write(writer, b"go\n")
+    assert process.stdout.read() == ""  # at the end of which no worker holds it open
+    os.close(reader)
+    os.close(writer)
+    process.stdout.close()
 
 
 # ------------------------------------------------------------------------------------- output
@@ -366,10 +430,12 @@ def test_a_name_from_a_file_is_shown_in_one_line_that_a_terminal_does_not_obey()
 
 WRITES = """
 import warnings
-from tqdm import tqdm
-for i in tqdm(range(300), mininterval=0, miniters=1):
-    script.say(f"line {i} " + "x" * 100)
-    warnings.warn(f"warning {i}", stacklevel=1)
+from support.progress import Progress
+with Progress("step", 300) as progress:
+    for i in range(300):
+        script.say(f"line {i} " + "x" * 100)
+        warnings.warn(f"warning {i}", stacklevel=1)
+        progress.update(i)
 open(sys.argv[1], "w").write("done")"""
 
 
@@ -439,23 +505,15 @@ def test_a_locale_without_a_character_does_not_end_the_work(tmp_path):
     assert done.stdout == b"\\u2192 caf\xe9\n\\u2192\n"
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def reconfigure(self, errors):
+        """It shows every character."""
+
+
 def test_a_message_cannot_move_the_cursor_of_a_terminal(monkeypatch):
-    class Terminal:
-        text = ""
-
-        def write(self, text):
-            self.text += text
-            return len(text)
-
-        def isatty(self):
-            return True
-
-        def flush(self):
-            """A terminal has nothing to flush."""
-
-        def reconfigure(self, errors):
-            """The terminal shows every character."""
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
 
@@ -463,4 +521,4 @@ def test_a_message_cannot_move_the_cursor_of_a_terminal(monkeypatch):
         raise UserError("file [2Jx; expected a name; rename it")
 
     assert run_main(main) == 2
-    assert terminal.text == "error: file \\x1b[2Jx; expected a name; rename it\n"
+    assert terminal.getvalue() == "error: file \\x1b[2Jx; expected a name; rename it\n"
