@@ -27,14 +27,10 @@ if __name__ == "__main__":  # before the imports, which take seconds, so that Ct
 
 import functools
 import hashlib
-import io
 import json
 import math
-import os
 import random
 import re
-import secrets
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,21 +42,29 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 import tyro
-from tqdm import tqdm
 
 from model import GPT
-from support import script
-from support.files import read_bytes, write_file
-from support.run_directory import is_regular, load_model
+from sample import load_model
+from support.files import file_sha256, read_jsonl, write_file
+from support.progress import Progress
 from support.runtime import Runtime, choose_dtype, masked_attention, start
-from support.script import UserError, parse_flags, run_script
+from support.script import (
+    Range,
+    UserError,
+    check_fields,
+    is_out_of_memory,
+    parse_flags,
+    require,
+    run_script,
+    shown,
+)
 
 DATA = Path("data/hellaswag/hellaswag_val.jsonl")
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SIZE = 12_246_618  # bytes
-ROWS = 10_042
-LONGEST_DOWNLOAD = 600  # seconds: at 20 kB/s; a server may send a byte now and then
-SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 items
+
+LOGIT_ROWS = {"cpu": 512, "cuda": 8192, "mps": 4096}
+PAD_VOCABULARY_TO = 64
 
 Style = Literal["completion", "harness"]
 
@@ -78,183 +82,88 @@ class Item:
     ctx_b: str | None = None
 
 
-def download(
-    file: Path = DATA, url: str = URL, size: int = SIZE, sha256: str = SHA256, attempts: int = 5
-) -> None:
-    """Download the official validation set, `size` bytes with the hash `sha256`.
-
-    The file appears whole and checked or not at all, so several processes may download at once.
-    Raises UserError if the server cannot be reached or sends something else.
-    """
-    content = _read_url(url, size, attempts, remedy=f"check the connection, or copy it to {file}")
-    if found := _mismatch(content, size, sha256):
-        raise UserError(
-            f"{url}: {found}; expected {size:,} bytes with sha256 {sha256[:8]}…; try again later, "
-            f"or copy the file to {file}"
-        )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as f:  # x: a new file, never one that a link points to
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_url(url: str, size: int, attempts: int, remedy: str) -> bytes:
-    """The body at an address, cut soon after `size` bytes: a server may never stop sending.
-
-    Connections that break and servers that are busy are tried again, after 1, 2, 4, … seconds.
-    """
+def download(file: Path = DATA, url: str = URL, retries: int = 4) -> None:
+    """Download the official validation set. The file appears whole and checked, or not at all."""
     import requests
-    import urllib3
+    from urllib3.util import Retry
 
-    for attempt in range(attempts):
+    # Waits of 0, 1, 2, 4, … seconds after a connection that fails and the answer of a busy server.
+    retry = Retry(
+        retries,
+        backoff_factor=0.5,
+        status_forcelist=(429, 500, 502, 503, 504),
+        raise_on_status=False,
+        respect_retry_after_header=False,
+    )
+    with requests.Session() as session:
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
         try:
-            headers = {"Accept-Encoding": "identity"}
-            deadline = time.monotonic() + LONGEST_DOWNLOAD
-            with requests.get(url, stream=True, timeout=30, headers=headers) as response:
-                response.raise_for_status()
-                content = bytearray()
-                # As they come: what a few compressed bytes unpack to is not known beforehand.
-                for block in response.raw.stream(2**9, decode_content=False):
-                    content += block
-                    if len(content) > size or time.monotonic() > deadline:
-                        break
-                return bytes(content)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            reason = type(error).__name__
-            may_pass = True
-            response = getattr(error, "response", None)
-            if response is not None:
-                status = response.status_code
-                reason = f"HTTP status {status}"
-                may_pass = status >= 500 or status == 429  # 429: too many requests
-            if attempt + 1 == attempts or not may_pass:
-                raise UserError(
-                    f"{url}: {reason}; expected the HellaSwag validation set; {remedy}"
-                ) from None
-            time.sleep(2**attempt)
-    raise AssertionError("attempts is at least 1")
-
-
-def _mismatch(content: bytes, size: int, sha256: str) -> str:
-    """What the content is, where it is not what it should be; empty where it is."""
-    digest = hashlib.sha256(content).hexdigest()
-    if len(content) == size and digest == sha256:
-        return ""
-    if len(content) > size:
-        return f"more than {size:,} bytes"
-    rows = len(content.splitlines())
-    return f"{len(content):,} bytes in {rows:,} rows with sha256 {digest[:8]}…"
+            response = session.get(url, timeout=30)
+            response.raise_for_status()
+        except requests.RequestException as error:
+            status = getattr(error.response, "status_code", type(error).__name__)
+            raise UserError(
+                f"{url}: {status}; expected HellaSwag's validation set; check the connection, or "
+                f"copy the file to {file}"
+            ) from None
+    sha256 = hashlib.sha256(response.content).hexdigest()
+    require(
+        sha256 == SHA256,
+        f"{url}: sha256 {sha256[:8]}… of {len(response.content):,} bytes; expected {SHA256[:8]}…; "
+        f"try again later, or copy the file to {file}",
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, response.content)
 
 
 def load_items(file: Path | None = None) -> list[Item]:
-    """The items of a JSON-lines file in the official schema.
-
-    None is the official file, which is checked against its hash; any other may have any number of
-    items. Raises UserError, with file and line, for what is not an item.
-    """
-    path = DATA if file is None else file
-    if not path.is_file():
-        raise UserError(
-            f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected "
-            "HellaSwag items as JSON lines; name another file, or download the official one with "
-            "--download"
-        )
-    content = read_bytes(path, limit=2**28)
-    if file is None and (found := _mismatch(content, SIZE, SHA256)):
-        raise UserError(
-            f"{path}: {found}; expected the official file of {ROWS:,} rows; download it again with "
-            "--download"
+    """The items of a JSON-lines file in the official schema; None: of the official file."""
+    if file is None:
+        file = DATA
+        require(
+            file_sha256(file) == SHA256,
+            f"{file}: damaged; expected the official 10,042 items; fetch them with --download",
         )
     items = []
-    for number, line in enumerate(io.BytesIO(content), 1):
-        if number > MOST_LINES:
-            raise UserError(
-                f"{path}: more than {MOST_LINES:,} lines; expected as many items as can be scored; "
-                "divide the file"
-            )
+    for number, (line, row) in enumerate(read_jsonl(file), 1):
         if line.strip():
-            items.append(_parse(line, f"{path}:{number}"))
-    if not items:
-        raise UserError(f"{path}: no items; expected at least one; name another file")
+            items.append(parse_item(row, f"{file}:{number}"))
+    require(bool(items), f"{file}: no items; expected at least one; name another file")
     return items
 
 
-MOST_LINES = 1_000_000  # the official file has 10,042
-LONGEST_LINE = 500_000  # bytes; the official ones have at most a few thousand
-
-
-def _parse(line: bytes, place: str) -> Item:
-    """The item in a line of JSON. place: file and line number, for the error."""
-    if len(line) > LONGEST_LINE:  # far longer ones overflow the stack of tiktoken's regex
-        fault = f"{len(line):,} bytes in a line"
-    else:
-        try:
-            row = json.loads(line)
-            fault = _fault(row)
-        except (ValueError, RecursionError) as error:  # RecursionError: [[[[[[[…
-            fault = str(error)
-    if fault:
-        raise UserError(
-            f"{place}: {fault}; expected ctx, four endings that are not empty, and a label from 0 "
-            "to 3; mend the line, or download the file again"
-        )
-    return Item(
-        ctx=row["ctx"],
-        endings=tuple(row["endings"]),
-        label=int(row["label"]),
-        activity_label=row.get("activity_label"),
-        ctx_a=row.get("ctx_a"),
-        ctx_b=row.get("ctx_b"),
+def parse_item(row: dict | None, place: str) -> Item:
+    """The item in a line of JSON. Some copies have its label as a string. place: for the error."""
+    try:
+        label = ("0", "1", "2", "3").index(str(row["label"]))
+        harness_texts = (row.get(key) for key in ("activity_label", "ctx_a", "ctx_b"))
+        item = Item(row["ctx"], tuple(row["endings"]), label, *harness_texts)
+        is_right = isinstance(row["endings"], list) and len(item.endings) == 4
+        is_right &= all(text.strip() for text in (item.ctx, *item.endings))
+    except (TypeError, KeyError, ValueError, AttributeError):
+        is_right = False
+    require(
+        is_right,
+        f"{place}: no item; expected an object with ctx, four endings that are not empty, and a "
+        "label from 0 to 3; mend the line",
     )
-
-
-def _fault(row: object) -> str:
-    """Why a value read from JSON is no item; empty if it is one."""
-    if not isinstance(row, dict):
-        return f"a {type(row).__name__}"
-    for key in ("ctx", "endings", "label"):
-        if key not in row:
-            return f"no {key}"
-    if str(row["label"]) not in ("0", "1", "2", "3"):  # some copies have the label as a string
-        return f"label {str(row['label'])[:80]}"
-    endings = row["endings"]
-    if not isinstance(endings, list) or len(endings) != 4:
-        return f"endings {str(endings)[:80]}"
-    for text in (row["ctx"], *endings):
-        if not _is_text(text) or not text.strip():
-            return "ctx or an ending is empty or not text"
-    for key in ("activity_label", "ctx_a", "ctx_b"):
-        if row.get(key) is not None and not _is_text(row[key]):
-            return f"{key} is not text"
-    return ""
-
-
-def _is_text(value: object) -> bool:
-    """Whether a value is a string without lone surrogates, which JSON can spell."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    return item
 
 
 def find_items(rt: Runtime) -> list[Item] | None:
-    """The official items for the training loop, downloaded if they are not there.
+    """The official items for the training loop, downloaded by rank 0 if they are not there.
 
     Training goes on without them: if they cannot be had, one line says why and the result is None.
-    Rank 0 reads, and all ranks receive.
     """
 
     def find() -> list[Item] | None:
         try:
             if not DATA.is_file():
-                download(attempts=1)
+                download(retries=0)
             return load_items()
-        except Exception as error:
-            reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            rt.say(f"HellaSwag is skipped: {reason}")
+        except (UserError, OSError) as error:
+            rt.say(f"HellaSwag is skipped: {error}")
             return None
 
     return rt.on_main(find)
@@ -270,11 +179,11 @@ def render(item: Item, style: Style) -> tuple[str, list[str], list[float] | None
     """
     if style == "completion":
         return item.ctx, [" " + ending for ending in item.endings], None
-    if item.activity_label is None or item.ctx_a is None or item.ctx_b is None:
-        raise UserError(
-            "harness style: the items lack activity_label, ctx_a or ctx_b; expected items in the "
-            "official schema; use --style completion, or the official data"
-        )
+    require(
+        None not in (item.activity_label, item.ctx_a, item.ctx_b),
+        "harness style: items without activity_label, ctx_a or ctx_b; expected the official "
+        "schema; use --style completion, or the official data",
+    )
     query = _clean(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
     endings = [_clean(ending) for ending in item.endings]
     # GPT-2's tokens begin with a space and never end with one. So the harness scores the spaces at
@@ -289,13 +198,8 @@ def render(item: Item, style: Style) -> tuple[str, list[str], list[float] | None
 
 def _clean(text: str) -> str:
     """lm-evaluation-harness's clean-up; the brackets come from the WikiHow half of the data."""
-    lines = text.strip().replace(" [title]", ". ").split("\n")
-    for i, line in enumerate(lines):
-        # Behind the last "]" there is nothing to remove. Without the cut the expression would look
-        # through the rest of the line once for every "[" in it.
-        end = line.rfind("]") + 1
-        lines[i] = re.sub(r"\[.*?\]", "", line[:end]) + line[end:]
-    return "\n".join(lines).replace("  ", " ")
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 @dataclass(frozen=True)
@@ -363,7 +267,6 @@ def tokenize_item(
 # batches, which need less padding. A GPU needs large ones of few different shapes.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768, "mps": 8192}
 PAD_TO = {"cpu": 1, "cuda": 32, "mps": 32}
-HEAD_ROWS = {"cpu": 512, "cuda": 4096, "mps": 2048}  # tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -389,21 +292,12 @@ def make_batches(rows: list[Row], batch_tokens: int, pad_to: int) -> list[Batch]
     return batches
 
 
-def head_weight(model: GPT, dtype: torch.dtype) -> torch.Tensor:
-    """wte.weight in dtype, with rows of zeros up to a multiple of 64.
-
-    Matrix units are slow at the odd size 50257: a CPU's float32 product gains 30%.
-    """
-    weight = model.transformer.wte.weight.detach().to(dtype)
-    return F.pad(weight, (0, 0, 0, -len(weight) % 64))
-
-
 def log_probabilities(
     model: GPT, weight: torch.Tensor, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each ending's tokens: their ending's number and their log-probability. One forward pass.
 
-    weight: from `head_weight`.
+    weight: of the head, with rows of zeros that make the product faster.
 
     A row holds the context once and its endings one after the other, which is half as many tokens
     as four rows with a context each. This is the row of a context "a b c" with only two endings,
@@ -457,9 +351,9 @@ def log_probabilities(
     x = model.hidden(idx, positions, mask[:, None])  # (B, T, C)
     x = x.flatten(0, 1)[places]  # (N, C)
     log_p = []
-    step = HEAD_ROWS[device.type]
+    step = LOGIT_ROWS[device.type]
     for some_x, some_targets in zip(x.split(step), targets.split(step), strict=True):
-        logits = F.linear(some_x.to(weight.dtype), weight)  # (n, V + padding)
+        logits = F.linear(some_x.to(weight.dtype), weight)  # (n, V and the padding)
         logits[:, model.config.vocab_size :] = -torch.inf
         log_p.append(-F.cross_entropy(logits.float(), some_targets, reduction="none"))
     return np.array(numbers), torch.cat(log_p).cpu().numpy()
@@ -513,8 +407,8 @@ def evaluate(
     """Score items with a GPT that is neither compiled nor wrapped; all ranks get the whole result.
 
     rt: the ranks that divide the work, and where and how they compute; None: this process alone,
-    in the fastest dtype. name: the model's name in the report. progress: show a bar on a terminal,
-    or a line after each tenth elsewhere. batch_tokens: tokens in a batch; None: by device.
+    in the fastest dtype. name: the model's name in the report. progress: show it.
+    batch_tokens: tokens in a batch; None: by device.
     between_batches: called before each batch, equally often on all ranks, so that it may be a
     collective. What it raises ends the evaluation.
     """
@@ -525,30 +419,39 @@ def evaluate(
     labels = np.array([item.label for item in items])
     kind = model.device.type
     batches = make_batches(rows, batch_tokens or BATCH_TOKENS[kind], PAD_TO[kind])
+    rounds = range(0, len(batches), rt.world_size)  # in each one every rank scores one batch
+    weight = model.transformer.wte.weight.detach().to(rt.dtype)
+    weight = F.pad(weight, (0, 0, 0, -len(weight) % PAD_VOCABULARY_TO))
 
     log_p = np.zeros(4 * len(items))  # 0 for the endings that other ranks score
+
+    def so_far() -> str:
+        scores = log_p.reshape(-1, 4) / lengths
+        is_scored = scores.all(1)
+        acc_norm, _ = accuracy(scores[is_scored], labels[is_scored])
+        return f"{is_scored.sum():,} items, acc_norm {100 * acc_norm:.2f}"
+
+    fault = None
     was_training = model.training
     model.eval()
-    report = Progress(rt, math.ceil(len(batches) / rt.world_size), progress)
-    fault = None
+    bar = Progress("batch", total=len(rounds), enabled=progress and rt.is_main, say=rt.say)
     try:
-        with torch.inference_mode(), rt.autocast(), masked_attention(model.device), report:
-            weight = head_weight(model, rt.dtype)
-            # In each round every rank scores one batch; in the last one some have none left, and
-            # so has one that has failed.
-            for first in range(0, len(batches), rt.world_size):
+        with torch.inference_mode(), rt.autocast(), masked_attention(model.device), bar:
+            for number, first in enumerate(rounds, 1):
                 if between_batches is not None:
                     between_batches()
+                # In the last round some ranks have no batch left. One that has failed scores no
+                # more, but stays in step with the others.
                 if first + rt.rank < len(batches) and fault is None:
-                    batch = batches[first + rt.rank]
                     try:
+                        batch = batches[first + rt.rank]
                         numbers, token_log_p = log_probabilities(model, weight, batch)
                         log_p += np.bincount(numbers, token_log_p, minlength=len(log_p))
                     except Exception as error:
-                        if script.is_out_of_memory(error):
+                        if is_out_of_memory(error):
                             raise
                         fault = error
-                report.update(log_p.reshape(-1, 4) / lengths, labels)
+                bar.update(number, so_far)
     finally:
         model.train(was_training)
     raise_fault_of_any(fault, rt)
@@ -589,39 +492,6 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return p, math.sqrt(p * (1 - p) / max(1, len(labels) - 1))
 
 
-class Progress:
-    """What an evaluation shows while it runs: a bar on a terminal, else a line after each tenth."""
-
-    def __init__(self, rt: Runtime, rounds: int, enabled: bool):
-        self.rt = rt
-        self.rounds = rounds
-        self.enabled = enabled and rt.is_main
-        show_bar = self.enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=rounds, unit="batch", desc="HellaSwag", disable=not show_bar)
-        self.num_done = 0
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.bar.close()
-
-    def update(self, scores: np.ndarray, labels: np.ndarray) -> None:
-        """One more round is done; scores (items, 4), 0 where there is none yet."""
-        self.num_done += 1
-        if not self.enabled:
-            return
-        is_scored = scores.all(1)  # a log-probability is 0 only where it has not been computed
-        text = f"{is_scored.sum():,} items"
-        if is_scored.any():
-            acc_norm, _ = accuracy(scores[is_scored], labels[is_scored])
-            text += f", acc_norm {100 * acc_norm:.2f}"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if self.bar.disable and self.num_done % math.ceil(self.rounds / 10) == 0:
-            self.rt.say(text)
-
-
 # ---------------------------------------------------------------------------- command line
 
 newest_run = tyro.conf.arg(help_behavior_hint="(default: the newest run under runs/)")
@@ -639,27 +509,22 @@ class Config:
     style: Style = "completion"  # The convention of scoring, see above.
     # The items: JSON lines with ctx, endings, label; for harness also activity_label, ctx_a, ctx_b.
     data: Annotated[Path | None, official_file] = None
-    limit: Annotated[int | None, all_items] = None  # Score only so many items, from the first on.
+    limit: Annotated[int | None, Range(1), all_items] = (
+        None  # Score only so many items, from the first on.
+    )
     device: str = "auto"  # Compute on cuda, mps or cpu; auto takes the first that is there.
     # The precision of matrix products; auto takes bfloat16 where the hardware multiplies it.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    show: int = 0  # Print so many items, with the scores of their endings.
+    show: Annotated[int, Range(0)] = 0  # Print so many items, with the scores of their endings.
     json: Annotated[Path | None, optional_file] = None  # Write the result to this file.
     download: bool = False  # Download the official validation set and stop.
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise UserError(
-                f"--limit {self.limit}; expected 1 or more items; leave it out to score all"
-            )
-        if self.show < 0:
-            raise UserError(
-                f"--show {self.show}; expected 0 or more items; leave it out to show none"
-            )
-        if self.json is not None and self.json.exists() and not is_regular(self.json):
-            raise UserError(
-                f"--json {self.json}: a link, or no regular file; expected the name of a file, "
-                "which is replaced if it is there; choose another"
+        check_fields(self)
+        if self.json is not None:  # known now, and not after an hour of scoring
+            can_be_written = self.json.parent.is_dir() and not self.json.is_dir()
+            require(
+                can_be_written, f"--json {self.json}; expected a file in a folder that is there"
             )
 
 
@@ -678,15 +543,13 @@ def describe(item: Item, result: Result, i: int) -> str:
 def main() -> None:
     config = parse_flags(Config, Config(), __doc__)
     if config.download:
-        try:
-            load_items()
-        except UserError:
+        if not DATA.is_file() or file_sha256(DATA) != SHA256:
             download()
-        print(f"{DATA}: the official {ROWS:,} items")
+        print(f"{DATA}: the official {len(load_items()):,} items")
         return
     rt = start(config.device, config.dtype)
-    model, encoding, picked = load_model(config.model or None, warn=rt.say)
-    rt.say(f"model {picked} on {rt.device}, {str(rt.dtype).removeprefix('torch.')}")
+    model, encoding, picked = load_model(config.model)
+    rt.say(f"model {shown(picked)} on {rt.device}, {str(rt.dtype).removeprefix('torch.')}")
 
     def read_items() -> list[Item]:
         if config.data is None and not DATA.is_file():
@@ -698,9 +561,9 @@ def main() -> None:
     result = evaluate(
         model.to(rt.device), encoding, items, config.style, rt, name=picked, progress=True
     )
+    for i, item in enumerate(items[: config.show]):
+        rt.say(describe(item, result, i))
     if config.show:
-        for i, item in enumerate(items[: config.show]):
-            rt.say(describe(item, result, i))
         rt.say("\n> chosen by acc_norm, * right")
     rt.say(str(result))
     if config.json is not None and rt.is_main:

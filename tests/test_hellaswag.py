@@ -1,6 +1,5 @@
 """HellaSwag: parity with lm-evaluation-harness and a plain scorer, ranks, batches, and faults."""
 
-import contextlib
 import hashlib
 import http.server
 import json
@@ -344,12 +343,8 @@ GOOD = {"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1}
         {**GOOD, "label": None},
         {**GOOD, "label": [1]},
         {**GOOD, "ctx": ["A man"]},
-        {**GOOD, "ctx": "a" + " " * 999_999 + "b"},
-        "[" * 200_000,
-        '{"ctx": ' * 50_000,
         {**GOOD, "ctx": ""},
-        {**GOOD, "ctx_b": 3},
-        '{"ctx": "\\ud800", "endings": ["a", "b", "c", "d"], "label": 1}',
+        {"endings": GOOD["endings"], "label": 1},
         b"\xff",
     ],
     ids=lambda bad: str(bad)[:60],
@@ -371,32 +366,9 @@ def test_an_ending_that_the_clean_up_empties_never_wins():
     assert np.isfinite(result.log_p).all() and result.log_p_norm.argmax() in (1, 2)
 
 
-@pytest.mark.parametrize(
-    "text", ["[" * 400_000, "]" * 400_000, "[a]b" * 100_000, "[" * 200_000 + "]" * 200_000]
-)
-def test_many_brackets_do_not_hang_the_clean_up(text):
-    item = Item(text, ("a", "b", "c", "d"), 0, "Sport", text, text)
-    context, _, _ = hellaswag.render(item, "harness")  # hours, if each "[" looked for its "]"
-    assert len(context) <= 2 * len(text) + len("Sport:  ")
-
-
 def test_brackets_are_removed_within_lines_like_the_harness():
     text = "a [b\nc] d [e] [f [g] h\n] [i"
     assert hellaswag._clean(text) == re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-@pytest.mark.parametrize("kind", ["fifo", "directory", "device", "missing"])
-def test_items_are_read_from_regular_files_only(tmp_path, kind):
-    file = tmp_path / "items.jsonl"
-    if kind == "fifo":
-        os.mkfifo(file)
-    elif kind == "directory":
-        file.mkdir()
-    elif kind == "device":
-        file.symlink_to("/dev/zero")
-    words = "no such file" if kind == "missing" else "not a regular file"
-    with pytest.raises(UserError, match=f"items.jsonl: {words}"):
-        load_items(file)
 
 
 def test_labels_may_be_strings(tmp_path):
@@ -420,7 +392,7 @@ def test_command_line_faults_exit_2(tmp_path):
     ]
     for flags, words in [
         (["--data", tmp_path / "items.jsonl", "--style", "harness"], "--style completion"),
-        ([], "10,042"),
+        ([], "damaged; expected the official 10,042 items"),
     ]:
         ran = subprocess.run(
             list(map(str, command + flags)), cwd=tmp_path / "run", capture_output=True, text=True
@@ -437,21 +409,12 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     body = json.dumps(GOOD).encode() * 50000
     asked = 0
-    sent = 0
 
     def do_GET(self):
         Server.asked += 1
         kind = self.path.strip("/")
         if kind == "moody" and Server.asked == 1:
             kind = "503"
-        if kind == "endless":
-            self.send_response(200)
-            self.end_headers()
-            with contextlib.suppress(OSError):  # the client hangs up
-                for _ in range(1000):
-                    self.wfile.write(self.body)
-                    Server.sent += len(self.body)
-            return
         body = b"<html>not found</html>" if kind in ("404", "html", "503") else self.body
         self.send_response(int(kind) if kind.isdigit() else 200)
         self.send_header("Content-Length", str(len(body)))
@@ -471,44 +434,22 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     Server.asked = 0
-    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(Server.body).hexdigest())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield lambda file, kind: download(
-            file,
-            f"http://127.0.0.1:{server.server_port}/{kind}",
-            len(Server.body),
-            hashlib.sha256(Server.body).hexdigest(),
+        yield lambda file, kind, retries=1: download(
+            file, f"http://127.0.0.1:{server.server_port}/{kind}", retries
         )
         server.shutdown()
 
 
 @pytest.mark.parametrize(
-    "kind, attempts", [("404", 1), ("html", 1), ("corrupt", 1), ("short", 5), ("503", 5)]
+    "kind, attempts", [("404", 1), ("html", 1), ("corrupt", 1), ("short", 1), ("503", 2)]
 )
 def test_bad_download_leaves_nothing(tmp_path, server, kind, attempts):
     with pytest.raises(UserError, match="127.0.0.1"):
         server(tmp_path / "val.jsonl", kind)
     assert list(tmp_path.iterdir()) == [] and Server.asked == attempts
-
-
-def test_an_endless_download_stops_at_the_known_size(tmp_path, server):
-    with pytest.raises(UserError, match="more than 3,"):
-        server(tmp_path / "val.jsonl", "endless")
-    assert list(tmp_path.iterdir()) == []
-    assert Server.sent < 20 * len(Server.body)
-
-
-def test_a_download_never_writes_through_a_link(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(hellaswag.secrets, "token_hex", lambda n: "planted")
-    canary = tmp_path / "canary"
-    canary.write_text("safe")
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "val.jsonl.planted.tmp").symlink_to(canary)
-    with pytest.raises(FileExistsError):
-        server(folder / "val.jsonl", "good")
-    assert canary.read_text() == "safe"
 
 
 def test_download_survives_a_moody_server_and_company(tmp_path, server):
@@ -527,7 +468,20 @@ def test_training_goes_on_without_data_and_network(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(
         hellaswag.download,
         "__defaults__",
-        (hellaswag.DATA, "http://127.0.0.1:9/", *hellaswag.download.__defaults__[2:]),
+        (hellaswag.DATA, "http://127.0.0.1:9/", 4),
     )
     assert hellaswag.find_items(CPU) is None
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_progress_says_items_and_accuracy(capsys):
+    items = make_items(6)
+    evaluate(tiny(), get_encoding("bytes"), items, rt=CPU, progress=True, batch_tokens=1)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"batch 1/6  1 items, acc_norm (0|100)\.00", line)
+
+
+@pytest.mark.parametrize("name", ["", "missing/result.json"])
+def test_a_place_for_the_result_that_cannot_be_written_is_known_before(tmp_path, name):
+    with pytest.raises(UserError, match="expected a file in a folder that is there"):
+        hellaswag.Config(json=tmp_path / name)

@@ -310,16 +310,6 @@ def test_a_linked_wandb_folder_is_refused(run, canary, wandb):
     assert not wandb
 
 
-@pytest.mark.parametrize("kind", ["file", "new", "folder"])
-def test_the_result_of_a_scoring_goes_through_no_link(run, canary, kind):
-    item = {"ctx": "a", "endings": list("abcd"), "label": 1}
-    Path("items.jsonl").write_text(json.dumps(item))
-    plant(Path(), "out.json", getattr(canary, kind))
-    flags = ("--model", "r", "--data", "items.jsonl", "--json", "out.json", "--device", "cpu")
-    assert run_main(hellaswag.main, *flags) == (0 if kind == "new" else 2)
-    assert Path("out.json").is_symlink() != (kind == "new")
-
-
 LOOP = ("--data", "loop"), ("--out", "loop"), ("--out", "loop/r"), ("--out", "loop", "--resume")
 
 
@@ -623,8 +613,6 @@ def test_folders_without_end_are_one_line(data, capfd):
 def test_a_log_of_millions_of_lines_is_refused(run, capfd):
     (run / "log.jsonl").write_bytes(b"{}\n" * 3_000_000)
     assert "r/log.jsonl: more than" in refused(list, read_lines(run / "log.jsonl"))
-    Path("items.jsonl").write_bytes(b"\n" * 3_000_000)
-    assert "items.jsonl: more than" in refused(hellaswag.load_items, Path("items.jsonl"))
 
 
 def test_weights_that_are_not_on_the_disk_are_refused(run):
