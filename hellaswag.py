@@ -413,7 +413,7 @@ def evaluate(
     collective. What it raises ends the evaluation.
     """
     if rt is None:
-        rt = Runtime(0, 1, model.device, choose_dtype("auto", model.device))
+        rt = Runtime(device=model.device, dtype=choose_dtype("auto", model.device))
     start_time = time.monotonic()
     rows, lengths = tokenize(tuple(items), style, encoding, model.config.block_size)
     labels = np.array([item.label for item in items])

@@ -29,12 +29,11 @@ from typing import Annotated, Literal
 
 import tiktoken
 import torch
-import torch.nn as nn
 import tyro
 
 from model import GPT, KVCache
 from support import run_directory
-from support.runtime import masked_attention, start
+from support.runtime import masked_attention, pack_linears, start
 from support.script import Range, check_fields, parse_flags, require, run_script, shown
 
 # ---------------------------------------------------------------------------- one token
@@ -243,42 +242,6 @@ def stream_text(
             break
         yield utf8.decode(encoding.decode_single_token_bytes(token.item()))
     yield utf8.decode(b"", final=True)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose bfloat16 weight is in oneDNN's layout for products with few rows.
-
-    torch.compile would use the same two operators for constant weights, after a minute of
-    compiling.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        self.bias = bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(model: GPT, rows: int) -> bool:
-    """Make a model generate `rows` texts faster, in place; returns whether that was possible.
-
-    It is possible for bfloat16 weights on a CPU with bfloat16 products. A packed model can neither
-    be trained nor saved.
-    """
-    weight = model.transformer.wte.weight
-    if model.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
-        return False
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias, rows))
-    model.head = PackedLinear(weight, None, rows).forward  # the head is a method, not a layer
-    return True
 
 
 # ---------------------------------------------------------------------------- command line

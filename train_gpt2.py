@@ -55,7 +55,6 @@ from model import GPT, SIZES, GPTConfig, NextTokenLoss
 from sample import sample_text
 from support import run_directory, script
 from support.files import plain_name, read_bytes, read_json, same_folder, write_file
-from support.gradients import check_tree, sum_in_fixed_order
 from support.optimizer import (
     blank_tensors,
     load_optimizer_tensors,
@@ -66,10 +65,10 @@ from support.optimizer import (
 )
 from support.plan import flops_per_token, parameters, plan, plan_for, plan_time
 from support.plot import draw_curves
+from support.ranks import GradientTree, check_tree
 from support.run_directory import RunDirectory
-from support.runtime import Runtime, checksum, multiplies_bfloat16, peak_flops, start
+from support.runtime import Runtime, multiplies_bfloat16, peak_flops, peak_memory, start
 from support.script import (
-    FailedElsewhere,
     Stopped,
     StopRequest,
     TransientError,
@@ -499,27 +498,15 @@ def backward_in_fixed_order(
     rt: Runtime,
     step: int,
 ) -> torch.Tensor:
-    """What `backward` does, with sums in an order that does not depend on the number of ranks.
-
-    support/gradients.py adds up the micro-batches of a rank as they come, and then those sums over
-    ranks.
-    """
+    """What `backward` does, with sums in an order that does not depend on the number of ranks."""
     micro_batches = batch.split(sequences_at_once(config))
-
-    def gradients_of_micro_batches() -> Iterator[list[torch.Tensor]]:
-        for i, windows in enumerate(micro_batches):
-            loss = micro_batch_loss(loss_fn, windows, config, rt, step, i)
-            loss = loss / (len(micro_batches) * rt.world_size)
-            loss.backward()
-            gradients = [p.grad for p in parameters]
-            for p in parameters:
-                p.grad = None  # or the next backward pass would add to it
-            yield [loss.detach(), *gradients]
-
-    loss, *summed = sum_in_fixed_order(gradients_of_micro_batches(), rt)
-    for p, gradient in zip(parameters, summed, strict=True):
-        p.grad = gradient
-    return loss
+    tree = GradientTree(parameters, rt)
+    for i, windows in enumerate(micro_batches):
+        loss = micro_batch_loss(loss_fn, windows, config, rt, step, i)
+        loss = loss / (len(micro_batches) * rt.world_size)
+        loss.backward()
+        tree.take(loss)
+    return tree.finish()
 
 
 def sequences_at_once(config: TrainConfig) -> int:
@@ -677,7 +664,7 @@ def train(training: Training) -> None:
                 if is_due("hellaswag", step, training):
                     score_hellaswag(step, training, check_stop)
                 if is_due("sample", step, training):
-                    rt.on_main(functools.partial(write_sample, step, training), aloud=True)
+                    rt.on_main(write_sample, step, training)
                 if step == config.max_steps:
                     break
                 began = time.perf_counter()
@@ -702,15 +689,15 @@ def train(training: Training) -> None:
                 if training.guard.sees_spike:
                     report_spike(step + 1, loss, training)
         except AllRanksStop:
-            rt.on_main(run.wait_for_commit, aloud=True)
+            rt.on_main(run.wait_for_commit)
             if config.save_every:
                 save(step, training)
-            rt.on_main(run.wait_for_commit, aloud=True)
+            rt.on_main(run.wait_for_commit)
             rt.say(how_to_go_on(step, config, run))
             raise Stopped(rt.max_over_ranks(stop.signum)) from None
-    rt.on_main(run.wait_for_commit, aloud=True)
+    rt.on_main(run.wait_for_commit)
     # A crash may have come between the last save and its pruning, and the best may be another now.
-    rt.on_main(functools.partial(run_directory.prune, run.folder, config.keep), aloud=True)
+    rt.on_main(run_directory.prune, run.folder, config.keep)
     rt.say("", *progress.summary(run.elapsed))
 
 
@@ -759,7 +746,10 @@ def save(step: int, training: Training) -> None:
     run = training.run
     if step == run.last_saved:
         return
-    check_ranks_are_equal(step, training)
+    moments = state_tensors(training.model, training.optimizer).values()
+    training.rt.check_equal(
+        [*training.model.parameters(), *moments], f"step {step}: weights or moments"
+    )
     save_on_main = functools.partial(
         run.save,
         step,
@@ -770,31 +760,8 @@ def save(step: int, training: Training) -> None:
         keep=training.config.keep,
         spikes=training.guard.state(),
     )
-    training.rt.on_main(save_on_main, aloud=True)
+    training.rt.on_main(save_on_main)
     run.last_saved = step
-
-
-def check_ranks_are_equal(step: int, training: Training) -> None:
-    """End the run where a rank's weights or moments are not those of the others.
-
-    All ranks make the same updates, so this is a fault of a machine, such as a bit that flipped in
-    its memory. Which rank is wrong is a matter of majority, and of two ranks it is open.
-    """
-    rt = training.rt
-    if rt.world_size == 1:
-        return
-    moments = state_tensors(training.model, training.optimizer).values()
-    sums = rt.gather(checksum([*training.model.parameters(), *moments]))
-    usual = max(sums, key=sums.count)  # the first of those that are equally frequent: rank 0's
-    different = [str(rank) for rank, value in enumerate(sums) if value != usual]
-    if different:
-        error = TransientError(
-            f"step {step}: weights or moments of rank {', '.join(different)} are not those of rank "
-            f"{sums.index(usual)}; expected the same bits on every rank; nothing was saved; "
-            "continue with --resume from the last checkpoint, which is sound, and test the "
-            "machines' memory if it happens again"
-        )
-        rt.raise_on_all(error)
 
 
 def validate(step: int, training: Training, check_stop: Callable[[], None]) -> float:
@@ -807,7 +774,7 @@ def validate(step: int, training: Training, check_stop: Callable[[], None]) -> f
     # step again when the run is continued, and finds the same.
     if config.keep_best and step > 0 and loss < rt.on_main(run.lowest_validation_loss):
         save(step, training)
-        rt.on_main(functools.partial(run.mark_best, step, loss), aloud=True)
+        rt.on_main(run.mark_best, step, loss)
     run.log("eval", step, **result)
     rt.say(
         f"step {step:>6}  validation loss {loss:.4f} nats per token, "
@@ -878,7 +845,7 @@ class Extras:
         try:
             yield
         except Exception as error:
-            is_of_training = isinstance(error, (TransientError, FailedElsewhere))
+            is_of_training = isinstance(error, TransientError)
             if is_of_training or script.has_lost_contact(error) or script.is_out_of_memory(error):
                 raise
             if if_it_fails not in self.warned:
@@ -897,7 +864,7 @@ def main(args: list[str] | None = None) -> None:
     rt = start(config.device, config.dtype)
     flags = {flag(name): value for name, value in asdict(replace(config, out="")).items()}
     versions = {"the code": run_directory.hash_of_code(), "torch": torch.__version__}
-    check_agreement(flags | versions, "the same flags, train.json and code on every rank", rt)
+    rt.same_on_all(flags | versions, "the same flags, train.json and code on every rank")
     if config.eval_only:
         evaluate_only(config, rt)
         return
@@ -913,7 +880,7 @@ def main(args: list[str] | None = None) -> None:
         data = prepare_data(config, rt)
         config = replace(config, tokenizer=data.encoding)  # shards say what they hold
         contents = {"the contents of --data": data.fingerprint}
-        check_agreement(contents, "the same shards on every rank", rt)
+        rt.same_on_all(contents, "the same shards on every rank")
         checkpoint = None
         if config.resume:
             check_newest_is_on_main(run, rt)
@@ -929,7 +896,7 @@ def main(args: list[str] | None = None) -> None:
             rt.on_main(lambda: run.begin(asdict(saved), rt.device))
         extras = Extras(rt)
         if config.wandb:
-            rt.on_main(functools.partial(open_wandb, config, run, extras))
+            rt.on_main(open_wandb, config, run, extras)
         items = hellaswag.find_items(rt) if config.hellaswag_every else None
         encoding = get_encoding(data.encoding)
         training = Training(config, rt, data, encoding, model, optimizer, guard, run, extras, items)
@@ -1102,7 +1069,7 @@ def open_run_directory(config: TrainConfig, rt: Runtime) -> RunDirectory:
     """Claim the run's directory at once, so that no other process begins a run there meanwhile."""
     for folder in directories_to_try(config):
         run = RunDirectory(folder, config.total_batch_tokens, writes=rt.is_main, say=rt.say)
-        if rt.on_main(functools.partial(try_to_claim, run, config)):
+        if rt.on_main(try_to_claim, run, config):
             return run
     raise AssertionError("there is always another directory to try")
 
@@ -1132,8 +1099,8 @@ def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
     """Open --data. Where it is text it is tokenised first, by rank 0 for all."""
     if not config.data:
         raise missing_data()
-    folder = rt.on_main(functools.partial(prepared_folder, config, rt))
-    data = rt.on_all(functools.partial(open_data, folder))
+    folder = rt.on_main(prepared_folder, config, rt)
+    data = rt.on_all(open_data, folder)
     if data.train.num_windows(config.seq_len) == 0:
         raise UserError(
             f"{config.data}: {len(data.train):,} training tokens; expected at least one window of "
@@ -1246,8 +1213,8 @@ def load_checkpoint(
     rt: Runtime,
 ) -> None:
     """Set all else back to a checkpoint whose weights the model has already, as rank 0 reads it."""
-    state = rt.on_main(functools.partial(run_directory.read_state, checkpoint))
-    run.continue_from(state, rt.on_main(functools.partial(run.events_of, state["step"])))
+    state = rt.on_main(run_directory.read_state, checkpoint)
+    run.continue_from(state, rt.on_main(run.events_of, state["step"]))
     if state["data"] != data.fingerprint:
         error = UserError(
             f"the data are not those that {checkpoint} was trained on; expected the same shards, "
@@ -1324,21 +1291,6 @@ def check_newest_is_on_main(run: RunDirectory, rt: Runtime) -> None:
             f"{newest[0] or 'no checkpoint'}; expected one directory that all machines see, or the "
             "newest checkpoint with rank 0; name a directory of a shared file system with --out, "
             "or copy the checkpoint"
-        )
-        rt.raise_on_all(error)
-
-
-def check_agreement(values: dict[str, object], expected: str, rt: Runtime) -> None:
-    """Refuse ranks whose values, by name, are not those of rank 0; say which."""
-    of_ranks = rt.gather(values)
-    different = [rank for rank, other in enumerate(of_ranks) if other != of_ranks[0]]
-    if different:
-        other = of_ranks[different[0]]
-        # Another version of the code may have other flags.
-        names = ", ".join(name for name in values if other.get(name) != of_ranks[0].get(name))
-        error = UserError(
-            f"the flags or the data of rank {', '.join(map(str, different))} differ from rank 0's: "
-            f"{names}; expected {expected}; start all ranks with one command, on the same data"
         )
         rt.raise_on_all(error)
 
@@ -1492,16 +1444,6 @@ class Progress:
                 text += f", {self.mfu(rate):.1%} of the datasheet's peak"
             lines.append(text + ".")
         return lines
-
-
-def peak_memory(device: torch.device) -> int:
-    """The largest number of bytes that this process has held; on CUDA only those of tensors."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # Windows has no such module
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # ---------------------------------------------------------------------- the command line, read

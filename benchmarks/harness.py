@@ -103,7 +103,7 @@ class Setting:
             keep_freed_memory()
         if self.device == "cuda":
             torch.set_float32_matmul_precision("high")
-        return Runtime(0, 1, torch.device(self.device), getattr(torch, self.dtype))
+        return Runtime(device=torch.device(self.device), dtype=getattr(torch, self.dtype))
 
     def size(self, full: int, tiny: int) -> int:
         return tiny if self.tiny else full

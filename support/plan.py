@@ -226,7 +226,7 @@ def plan_for(
             f"{sequences} sequences a step cannot be divided among {gpus} GPUs; expected a number "
             f"of GPUs that divides {sequences}; change the number of GPUs or the tokens in a batch"
         )
-    rt = Runtime(0, gpus, torch.device("cuda"), torch.bfloat16)
+    rt = Runtime(0, gpus, device=torch.device("cuda"), dtype=torch.bfloat16)
     peak = peaks[gpu.lower()]
     return [
         *plan(c, rt, steps, batch_tokens, micro_batch),

@@ -1,68 +1,363 @@
-"""How the ranks of a run meet, and how they notice that one of them is gone.
+r"""How the ranks of a run meet, agree and end together; sums that no number of ranks changes.
 
-torchrun starts the processes and tells each of them its rank, how many there are, and the address
-of a store: a small server of keys and values that every process can reach. `join()` lets the ranks
-meet there and returns the store. From then on a heartbeat tells a rank that has died, or that has
-been cut off, from one that is only slow.
+torchrun starts the processes and tells each one its rank, how many there are, and the address of a
+store: a small server of keys and values that all can reach. `join()` lets them meet there. `Ranks`
+is what they tell each other from then on. `GradientTree` sums gradients in a fixed order.
 """
 
-import atexit
 import contextlib
-import ctypes
 import datetime
-import functools
-import itertools
 import os
-import re
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from support import script
-from support.script import LostContact, UserError
+from support.script import UserError, require
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits in a collective
-STORE_TIMEOUT = datetime.timedelta(seconds=30)  # how long the store may take to answer
 MEETING_SECONDS = 300  # how long a rank waits for the others to come
-FIRST_WORD_SECONDS = 15  # after which it says whom it waits for
-HEARTBEAT_SECONDS = 10
-BEATS_TO_WARN = 6  # heartbeats of a rank that are missing when it is named,
-BEATS_TO_END = 12  # and when it counts as lost
-LEFT = "left"  # the last heartbeat of a rank that has ended in good order
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)  # how long it waits for them from then on
+PATIENCE = datetime.timedelta(days=1)  # and for what rank 0 does alone
+FIRST_WORD_SECONDS = 30  # after which it says so, and again whenever ten times as long has passed
 
-WHAT_TO_CHECK = "see the table of symptoms in docs/scaling.md, section Several nodes"
+WHAT_TO_CHECK = "see the table of symptoms in docs/scaling.md"
 
 
-@functools.cache
-def join(device: torch.device) -> dist.Store:
-    """Meet the other ranks and start the process group. The store is this attempt's alone."""
-    rank, world_size = place_in_environment()
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the ranks of a run, and what they tell each other.
+
+    `Ranks()` is a process alone.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    patient: dist.ProcessGroup | None = None  # all ranks, with PATIENCE; None for a process alone
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes files."""
+        return self.rank == 0
+
+    def say(self, *lines: str) -> None:
+        """Print on rank 0, above any progress bar."""
+        if self.is_main:
+            script.say(*lines)
+
+    # ------------------------------------------------------------------------------ numbers
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place. Gloo has no reliable average: sum, then divide."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest of all ranks' values, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor(value)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return int(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """All ranks' values in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank, once all ranks have come here."""
+        return self.gather(value)[0]
+
+    def send_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Make tensors of equal shapes on all ranks those of rank 0."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+    # --------------------------------------------------------------------- work and its failure
+
+    def on_main(self, work: Callable, *args) -> Any:
+        """Call `work(*args)` on rank 0 alone; returns its result on every rank.
+
+        Rank 0 may take as long as it needs. Where it fails all ranks end: rank 0 with the error,
+        the others with a line that repeats it.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work(*args)
+            except Exception as caught:
+                error = caught
+        self._wait_for_main(work)
+        reason, result = self.broadcast((error and script.describe(error), result))
+        if error:
+            raise error
+        if reason:
+            self._end_with(0, reason)
+        return result
+
+    def on_all(self, work: Callable, *args) -> Any:
+        """Call `work(*args)` on every rank. Where one fails all end, as by `on_main`."""
+        result, error = None, None
+        try:
+            result = work(*args)
+        except Exception as caught:
+            error = caught
+        reasons = self.gather(error and script.describe(error))
+        for rank, reason in enumerate(reasons):
+            if reason and rank == self.rank:
+                raise error
+            if reason:
+                self._end_with(rank, reason)
+        return result
+
+    def raise_on_all(self, error: Exception) -> NoReturn:
+        """End all ranks, which have found the same error: rank 0 with it."""
+        if self.is_main:
+            raise error
+        self._end_with(0, str(error))
+
+    def _end_with(self, other: int, reason: str) -> NoReturn:
+        """End this rank, since another one has failed."""
+        raise UserError(f"rank {self.rank} ends, since rank {other} has failed: {reason}")
+
+    def _wait_for_main(self, work: Callable) -> None:
+        """Wait until rank 0 has come here.
+
+        Its word comes by gloo, whose connection breaks when rank 0's process ends, for whatever
+        reason.
+        """
+        if self.world_size == 1:
+            return
+        word = dist.broadcast(torch.zeros(1), src=0, group=self.patient, async_op=True)
+        speaks = self.rank == 1 or os.environ.get("LOCAL_RANK") == "0"  # one on each machine
+        began = time.monotonic()
+        next_word, pause = FIRST_WORD_SECONDS, 0.001
+        while not word.is_completed():  # unlike wait() it lets Python handle signals
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+            waited = time.monotonic() - began
+            if speaks and waited > next_word:
+                name = getattr(work, "__name__", "its work").strip("_").replace("_", " ")
+                script.say(f"rank {self.rank} has waited {waited:.0f} s for rank 0: {name}")
+                next_word *= 10
+        word.wait()
+
+    # ---------------------------------------------------------------------------- agreement
+
+    def same_on_all(self, values: dict[str, Any], expected: str) -> None:
+        """End all ranks unless each has the values, by name, that rank 0 has; say which differ."""
+        of_ranks = self.gather(values)
+        different = [rank for rank, other in enumerate(of_ranks) if other != of_ranks[0]]
+        if not different:
+            return
+        other = of_ranks[different[0]]
+        # Another version of the code may have other names.
+        names = ", ".join(name for name in values if other.get(name) != of_ranks[0].get(name))
+        self.raise_on_all(
+            UserError(
+                f"the flags or the data of rank {', '.join(map(str, different))} differ from rank "
+                f"0's: {names}; expected {expected}; start all ranks with one command, on the same "
+                "data"
+            )
+        )
+
+    def check_equal(self, tensors: Iterable[Tensor], what: str) -> None:
+        """End all ranks where the bits of one rank's float32 tensors are not those of the others.
+
+        All ranks make the same updates. So this is a fault of a machine, such as a bit that flipped
+        in its memory. Which rank is wrong is a matter of majority, and of two ranks it is open.
+        """
+        if self.world_size == 1:
+            return
+        sums = self.gather(checksum(tensors))
+        usual = max(sums, key=sums.count)  # the first of those that are equally frequent: rank 0's
+        different = [str(rank) for rank, value in enumerate(sums) if value != usual]
+        if different:
+            self.raise_on_all(
+                UserError(
+                    f"{what} of rank {', '.join(different)} are not those of rank "
+                    f"{sums.index(usual)}; expected the same bits on every rank; nothing was "
+                    "saved; continue with --resume from the last checkpoint, which is sound, and "
+                    "test the machines' memory if it happens again"
+                )
+            )
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """A sum over the bits of float32 tensors, which any single flipped bit changes.
+
+    It is one pass over them, where they are; on a GPU the host waits once, for the sum.
+    """
+    sums = []
+    for tensor in tensors:
+        bits = tensor.detach().reshape(-1).view(torch.int32)
+        # torch makes 64-bit integers of all before it adds them, so a large tensor goes in pieces.
+        sums += [piece.sum() for piece in bits.split(2**19)]
+    return int(torch.stack(sums).sum())
+
+
+# --------------------------------------------------------------------------- sums in a fixed order
+
+
+class GradientTree:
+    r"""Gradients summed in an order that does not depend on the number of ranks.
+
+    Floating-point addition is not associative: (a + b) + c and a + (b + c) differ in the last bits.
+    DDP sums each rank's micro-batches first and the ranks after, so another number of ranks gives
+    other bits. Here the micro-batches of a step, numbered over all ranks, are the leaves of one
+    binary tree, and every addition of that tree is made, by whichever rank.
+
+        micro-batch   0   1   2   3   4   5   6   7
+                       \ /     \ /     \ /     \ /
+                         \     /         \     /
+                          \   /           \   /        one rank sums a whole subtree,
+                             \___________/            all ranks together sum the top
+
+    It needs numbers of ranks, and of micro-batches on each, that are powers of two (`check_tree`).
+    It costs the memory of log2(micro-batches) + 1 gradients, and every rank receives the gradients
+    of all others, where DDP exchanges two.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks):
+        self.parameters = list(parameters)
+        self.ranks = ranks
+        # Like a binary counter: two sums of equally many micro-batches become one of twice as many.
+        self.sums: list[tuple[int, list[Tensor]]] = []  # (micro-batches in it, loss and gradients)
+
+    def take(self, loss: Tensor) -> None:
+        """Add a micro-batch's loss, and the gradients that its backward pass has left."""
+        tensors = [loss.detach(), *(p.grad for p in self.parameters)]
+        for p in self.parameters:
+            p.grad = None  # or the next backward pass would add to it
+        count = 1
+        while self.sums and self.sums[-1][0] == count:
+            _, earlier = self.sums.pop()
+            tensors = [a + b for a, b in zip(earlier, tensors, strict=True)]
+            count *= 2
+        self.sums.append((count, tensors))
+
+    def finish(self) -> Tensor:
+        """Set every gradient to the sum over micro-batches and ranks; returns that of the loss."""
+        ((_, tensors),) = self.sums
+        loss, *gradients = [self._sum_over_ranks(tensor) for tensor in tensors]
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
+        self.sums = []
+        return loss
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, pair by pair, on every rank."""
+        if self.ranks.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.ranks.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+
+def check_tree(micro_batches: int, world_size: int) -> None:
+    """Raise UserError unless the ranks' micro-batches form a whole tree."""
+    for number, name in (
+        (world_size, "ranks"),
+        (micro_batches, "micro-batches a step on each rank"),
+    ):
+        require(
+            number & (number - 1) == 0,
+            f"{number} {name} in a deterministic run; expected a power of two; change the number "
+            "of ranks, --micro-batch or --total-batch-tokens",
+        )
+
+
+# ---------------------------------------------------------------------------------------- place
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and the number of ranks; 0 and 1 for a process that was started alone.
+
+    torchrun says them in RANK and WORLD_SIZE.
+    """
+    refuse_launchers_without_ranks()
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    numbers = rank.isdecimal() and world_size.isdecimal()
+    require(
+        numbers and int(rank) < int(world_size),
+        f"RANK is {rank!r}, and WORLD_SIZE is {world_size!r}; expected ranks from 0 to WORLD_SIZE "
+        "- 1; start the ranks with torchrun, which sets both, or unset both",
+    )
+    return int(rank), int(world_size)
+
+
+def refuse_launchers_without_ranks() -> None:
+    """Slurm and MPI start many processes, and each would take itself for the only one."""
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    for launcher, name in (
+        ("srun", "SLURM_STEP_NUM_TASKS"),
+        ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+        ("mpiexec", "PMI_SIZE"),
+    ):
+        tasks = os.environ.get(name, "1")
+        require(
+            tasks == "1",
+            f"{launcher} has started {tasks} processes, without torchrun; expected one torchrun on "
+            "each node, which starts the ranks; see docs/scaling.md, section Slurm; where each "
+            "process shall be a run of its own, set WORLD_SIZE=1",
+        )
+
+
+def require_named_run(out: str, resume: bool) -> None:
+    """Raise UserError where torchrun may restart a job that does not say which run is its own.
+
+    A restarted process has the same arguments. Without --out and --resume it would begin a new run.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    require(
+        restarts == "0" or bool(out and resume),
+        f"--max-restarts {restarts} without --out and --resume; expected both, so that a restart "
+        "goes on with this run; add --out FOLDER --resume, which starts the run if there is none",
+    )
+
+
+# -------------------------------------------------------------------------------------- meeting
+
+
+def join(device: torch.device) -> dist.ProcessGroup:
+    """Meet the other ranks and start the process groups; returns the patient one."""
+    rank, world_size = place()
     host, port = address_of_store()
-    connection = connect(host, port, rank)
-    name = agree_on_name(connection, rank, world_size, f"{host}:{port}")
-    store = dist.PrefixStore(name, connection)
-    Heartbeat(host, port, name, rank, world_size).start()
-    start_process_group(store, rank, world_size, device)
-    return store
-
-
-def start_process_group(
-    store: dist.Store, rank: int, world_size: int, device: torch.device
-) -> None:
-    """Connect the ranks with each other, by gloo and on GPUs also by NCCL."""
+    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     backend, device_id = "gloo", None
     if device.type == "cuda":
         # Tensors on the CPU travel by gloo, so that a vote does not wait for the GPU.
         backend, device_id = "cpu:gloo,cuda:nccl", device
     with stop_signals_end_at_once():
+        if not is_host:
+            wait_for_store(host, port, rank)
         try:
+            connection = dist.TCPStore(
+                "localhost" if is_host else host,  # its host reaches it whatever others call it
+                port,
+                is_master=is_host,
+                timeout=COLLECTIVE_TIMEOUT,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            store = dist.PrefixStore(agree_on_name(connection, rank, world_size), connection)
             dist.init_process_group(
                 backend,
                 store=store,
@@ -71,344 +366,78 @@ def start_process_group(
                 timeout=COLLECTIVE_TIMEOUT,
                 device_id=device_id,
             )
+            return dist.new_group(backend="gloo", timeout=PATIENCE)
         except RuntimeError as error:
-            raise LostContact(
+            raise UserError(
                 f"rank {rank} on {socket.gethostname()} has no connection to the other ranks "
                 f"({first_line(error)}); expected each machine to reach all others; name the "
-                f"network with GLOO_SOCKET_IFNAME; {WHAT_TO_CHECK}"
+                f"network with GLOO_SOCKET_IFNAME, and {WHAT_TO_CHECK}"
             ) from None
-
-
-# ------------------------------------------------------------------------------------- meeting
-
-
-def place_in_environment() -> tuple[int, int]:
-    """RANK and WORLD_SIZE, as torchrun sets them; 0 and 1 for a process that was started alone."""
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        refuse_launchers_without_ranks()
-    world_size = number_in_environment("WORLD_SIZE", "1", "a number of processes, from 1 on")
-    default = "0" if world_size == 1 else ""
-    rank = number_in_environment("RANK", default, f"a number below WORLD_SIZE, {world_size}")
-    number_in_environment("LOCAL_RANK", "0", "the number of this process on its machine")
-    if rank >= world_size:  # also where WORLD_SIZE is 0
-        raise UserError(
-            f"RANK is {rank}, and WORLD_SIZE is {world_size}; expected ranks from 0 to WORLD_SIZE "
-            "- 1; start the ranks with torchrun, or unset both"
-        )
-    return rank, world_size
-
-
-def number_in_environment(name: str, default: str, expected: str) -> int:
-    value = os.environ.get(name, default)
-    if not re.fullmatch("[0-9]{1,7}", value):
-        raise UserError(
-            f"{name} is {value[:80]!r}; expected {expected}; start the ranks with torchrun, which "
-            "sets it, or unset RANK and WORLD_SIZE"
-        )
-    return int(value)
-
-
-def refuse_launchers_without_ranks() -> None:
-    """Slurm and MPI start many processes, and each would take itself for the only one."""
-    for launcher, name in (
-        ("srun", "SLURM_STEP_NUM_TASKS"),
-        ("mpirun", "OMPI_COMM_WORLD_SIZE"),
-        ("mpiexec", "PMI_SIZE"),
-    ):
-        tasks = os.environ.get(name, "")
-        if re.fullmatch("[0-9]{1,7}", tasks) and int(tasks) > 1:
-            raise UserError(
-                f"{launcher} has started {tasks} processes, without torchrun; expected one "
-                "torchrun on each node, which starts the ranks; see docs/scaling.md, section "
-                "Slurm; where each process shall be a run of its own, set WORLD_SIZE=1"
-            )
 
 
 def address_of_store() -> tuple[str, int]:
     """MASTER_ADDR and MASTER_PORT."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
-        raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, MASTER_ADDR is {host!r} and MASTER_PORT "
-            f"{port[:80]!r}; expected the address at which the ranks meet, as torchrun sets it; "
-            "start the ranks with torchrun, or unset WORLD_SIZE"
-        )
+    require(
+        bool(host) and port.isdecimal() and 0 < int(port) < 2**16,
+        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, MASTER_ADDR is {host!r} and MASTER_PORT "
+        f"{port!r}; expected the address at which the ranks meet, as torchrun sets it; start the "
+        "ranks with torchrun, or unset WORLD_SIZE",
+    )
     return host, int(port)
 
 
-def is_store_host(rank: int) -> bool:
-    """Without torchrun's own store rank 0 is its host."""
-    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
-def connect(host: str, port: int, rank: int) -> dist.Store:
-    """A connection to the store.
-
-    torch would wait in silence for a name that does not resolve or a port where something else
-    listens, and would not hear a signal meanwhile. So a thread makes the connection, and this one
-    says what it waits for.
-    """
-    outcome: list[dist.Store | RuntimeError] = []
-    reason = "no answer yet"
-
-    def make() -> None:
-        nonlocal reason
-        while not is_store_host(rank):
-            try:
-                socket.create_connection((host, port), timeout=5).close()
-                break
-            except OSError as error:
-                reason = error.strerror or str(error)
-                time.sleep(0.2)
-        reason = "something listens there, but does not answer as rank 0 would"
+def wait_for_store(host: str, port: int, rank: int) -> None:
+    """Wait until something listens there. torch would wait, too, but would not say why in vain."""
+    deadline = time.monotonic() + MEETING_SECONDS
+    while True:
         try:
-            outcome.append(new_connection(host, port, rank))
-        except RuntimeError as error:
-            outcome.append(error)
-
-    def what() -> str:
-        return f"rank {rank} on {socket.gethostname()} waits for rank 0 at {host}:{port} ({reason})"
-
-    threading.Thread(target=make, name="connect", daemon=True).start()
-    # One rank of a machine speaks for all.
-    wait(lambda: bool(outcome), what, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
-    if isinstance(outcome[0], RuntimeError):
-        raise LostContact(
-            f"no store at {host}:{port} ({first_line(outcome[0])}); expected a free port on rank "
-            f"0's machine, which the other ranks can reach; {WHAT_TO_CHECK}"
-        )
-    return outcome[0]
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            require(
+                time.monotonic() < deadline,
+                f"rank {rank} on {socket.gethostname()} waited {MEETING_SECONDS} s for rank 0 at "
+                f"{host}:{port} ({error.strerror or error}); expected all ranks to be started "
+                f"within that time; {WHAT_TO_CHECK}",
+            )
+            time.sleep(0.2)
 
 
-def new_connection(host: str, port: int, rank: int) -> dist.TCPStore:
-    """Raises RuntimeError. Its host reaches the store whatever others call it."""
-    is_host = is_store_host(rank)
-    return dist.TCPStore(
-        "localhost" if is_host else host,
-        port,
-        is_master=is_host,
-        timeout=STORE_TIMEOUT,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-
-
-def leave_word(message: str) -> None:
-    """Tell the others, who wait for this rank at torchrun's store, that it ends before they meet.
-
-    They would wait for it in vain. The store may be out of reach, so this takes 5 seconds at most.
-    """
-    if dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-
-    def write() -> None:
-        with contextlib.suppress(RuntimeError, UserError):
-            rank, _ = place_in_environment()
-            store = new_connection(*address_of_store(), rank)
-            here = f"rank {rank} on {socket.gethostname()}"
-            reason = message.removeprefix("error: ") or "it cannot read its flags"
-            store.set(f"failed/{rank}", f"{here} has ended: {reason}")
-
-    writer = threading.Thread(target=write, name="leave word", daemon=True)
-    writer.start()
-    writer.join(5)
-
-
-def check_has_not_failed(store: dist.Store, rank: int) -> None:
-    """Raises what the rank has left by `leave_word`, and so ends the restarts here, too."""
-    if store.check([f"failed/{rank}"]):
-        raise UserError(
-            f"{store.get(f'failed/{rank}').decode(errors='replace')}; expected each rank to come "
-            "to the meeting; start all ranks with one command"
-        )
-
-
-def agree_on_name(store: dist.Store, rank: int, world_size: int, place: str) -> str:
+def agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
     """A name that the ranks of this attempt have in common, and no earlier attempt had.
 
     torchrun keeps its store when it restarts the workers, and with it the addresses of those that
-    died. Whoever reads them dials a process that is gone. So each attempt has keys of its own, and
-    this is how it finds their prefix. Each rank writes a fresh token where rank 0 looks for it, and
-    waits for the answer to that token. The answer is rank 0's own token. What earlier attempts have
-    left is answered in vain, or overwritten. (torchrun's count of restarts would not do: an agent
+    died; whoever reads them dials a process that is gone. So the keys of each attempt begin with a
+    name of its own, which the ranks find here. (torchrun's count of restarts would not do: an agent
     that joins later has counted fewer.)
+
+    Each rank writes a fresh token where rank 0 looks for it, and waits for the answer to that
+    token, which is rank 0's own. What earlier attempts have left is answered in vain, or
+    overwritten.
     """
     token = secrets.token_hex(8)
-    if rank == 0:
-        store.set(f"{token}/heartbeat/0", "0")
-        answer_all(store, token, world_size, place)
-        return token
-    store.set(f"call/{rank}", token)
-    answer = f"answer/{token}"
-
-    def has_answer() -> bool:
-        check_has_not_failed(store, 0)
-        return store.check([answer])
-
-    wait(
-        has_answer,
-        lambda: f"rank {rank} on {socket.gethostname()} waits for rank 0, to meet at {place}",
-        speaks=os.environ.get("LOCAL_RANK", "0") == "0",
-    )
-    name = store.get(answer).decode()
-    store.set(f"{name}/heartbeat/{rank}", "0")
-    return name
-
-
-def answer_all(store: dist.Store, name: str, world_size: int, place: str) -> None:
-    """Rank 0's part: answer each rank's token until all have set their first heartbeat."""
-    missing = list(range(1, world_size))
-
-    def all_have_come() -> bool:
-        for rank in list(missing):
-            if store.check([f"{name}/heartbeat/{rank}"]):
-                missing.remove(rank)
-                continue
-            check_has_not_failed(store, rank)
-            if store.check([f"call/{rank}"]):
-                token = store.get(f"call/{rank}").decode()
-                store.set(f"answer/{token}", name)
-        return not missing
-
-    def what() -> str:
-        names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        return f"rank 0 on {socket.gethostname()} waits at {place} for rank {names} of {world_size}"
-
-    wait(all_have_come, what, speaks=True)
-
-
-def wait(is_done: Callable[[], bool], what: Callable[[], str], speaks: bool) -> None:
-    """Wait until `is_done`, for at most MEETING_SECONDS. `what` says who waits for whom."""
-    began = time.monotonic()
-    next_word = FIRST_WORD_SECONDS
-    pause = 0.01
-    while True:
-        try:
-            if is_done():
-                return
-        except RuntimeError as error:  # the store has gone
-            raise LostContact(
-                f"{what()} ({first_line(error)}); expected the store; {WHAT_TO_CHECK}"
-            ) from None
-        waited = time.monotonic() - began
-        if waited > MEETING_SECONDS:
-            raise LostContact(
-                f"after {MEETING_SECONDS} s {what()}; expected all ranks to be started within that "
-                f"time; {WHAT_TO_CHECK}"
-            )
-        if speaks and waited > next_word:
-            script.say(what())
-            next_word += 60
-        time.sleep(pause)
-        pause = min(2 * pause, 0.5)
-
-
-# ---------------------------------------------------------------------------------- a rank lost
-
-
-class Heartbeat:
-    """Tells the others that this rank is alive, and ends the process when one of them is not.
-
-    A process that dies closes its connections, and the others notice at once. One whose machine has
-    lost its network, or that has been halted, is silent, and a collective would wait for it for
-    ten minutes. Rank 0 watches all ranks, and all ranks watch rank 0. A lost rank ends the process;
-    torchrun then restarts it, with the machines that are left if --nnodes allows that.
-
-    One thread talks with the store. It may wait there for ever, whatever timeout is set, when the
-    store's host is silent. So a second thread watches what the first one has heard.
-    """
-
-    def __init__(self, host: str, port: int, attempt: str, rank: int, world_size: int):
-        self.host, self.port, self.attempt = host, port, attempt
-        self.rank = rank
-        watched = range(1, world_size) if rank == 0 else range(1)
-        self.keys = {other: f"heartbeat/{other}" for other in watched}
-        self.heard: list[bytes] | None = None  # the last answer, until it was looked at
-        self.stopping = threading.Event()
-        self.talker = threading.Thread(target=self.talk, name="heartbeat", daemon=True)
-        self.watcher = threading.Thread(target=self.watch, name="heartbeat watch", daemon=True)
-
-    def start(self) -> None:
-        self.talker.start()
-        self.watcher.start()
-        atexit.register(self.stop)
-
-    def stop(self) -> None:
-        """Take leave, so that nobody misses this rank."""
-        self.stopping.set()
-        self.talker.join(HEARTBEAT_SECONDS)
-
-    def talk(self) -> None:
-        """Write this rank's heartbeat and read those of the ranks that it watches."""
-        store = None
-        for beat in itertools.count(1):
-            leaving = self.stopping.wait(HEARTBEAT_SECONDS)
-            try:
-                # A connection of its own: a slow answer must not hold up the process group.
-                store = store or self.connect()
-                store.set(f"heartbeat/{self.rank}", LEFT if leaving else str(beat))
-                self.heard = store.multi_get(list(self.keys.values()))
-            except RuntimeError:
-                store = None  # an answer that comes late would be taken for the next one's
-            if leaving:
-                return
-
-    def connect(self) -> dist.Store:
-        host = "localhost" if is_store_host(self.rank) else self.host
-        store = dist.TCPStore(host, self.port, wait_for_workers=False, timeout=STORE_TIMEOUT)
-        return dist.PrefixStore(self.attempt, store)
-
-    def watch(self) -> None:
-        """Count the heartbeats that are missing.
-
-        They are counted, not timed: after a machine was halted as a whole, none is missing.
-        """
-        last = dict.fromkeys(self.keys, b"")
-        missed = dict.fromkeys(self.keys, 0)
-        unanswered = 0
-        while not self.stopping.wait(HEARTBEAT_SECONDS):
-            heard, self.heard = self.heard, None
-            if heard is None:
-                unanswered += 1
-                self.judge(unanswered, f"the store at {self.host}:{self.port}")
-                continue
-            unanswered = 0
-            for other, value in zip(self.keys, heard, strict=True):
-                silent = value == last[other] and value != LEFT.encode()
-                missed[other] = missed[other] + 1 if silent else 0
-                last[other] = value
-                self.judge(missed[other], f"rank {other}")
-
-    def judge(self, beats: int, who: str) -> None:
-        """Name whoever has been silent for a minute. After two, end this process."""
-        if self.stopping.is_set() or beats < BEATS_TO_WARN:
-            return
-        here = f"rank {self.rank} on {socket.gethostname()}"
-        text = f"{here} has heard nothing of {who} for {beats * HEARTBEAT_SECONDS} s"
-        if beats == BEATS_TO_WARN:
-            script.say(f"warning: {text}")
-        if beats >= BEATS_TO_END:
-            sys.stderr.write(f"error: {text}; expected a sign of life; {WHAT_TO_CHECK}\n")
-            sys.stderr.flush()
-            os._exit(2)  # the main thread is inside a collective, where no exception reaches it
-
-
-def check_main_has_not_left(store: dist.Store) -> None:
-    """For who waits for what rank 0 does alone: a rank that was stopped there is not missed."""
-    if store.get("heartbeat/0").decode() == LEFT:
-        raise LostContact(
-            "rank 0 has ended; expected it to finish what the others wait for; look for what it "
-            "said before it ended"
+    if rank > 0:
+        store.set(f"call/{rank}", token)
+        store.wait([f"answer/{token}"], datetime.timedelta(seconds=MEETING_SECONDS))
+        name = store.get(f"answer/{token}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return name
+    deadline = time.monotonic() + MEETING_SECONDS
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{token}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"call/{other}"]):
+                store.set(f"answer/{store.get(f'call/{other}').decode()}", token)
+        require(
+            not missing or time.monotonic() < deadline,
+            f"rank 0 waited {MEETING_SECONDS} s for rank {', '.join(map(str, sorted(missing)))} of "
+            f"{world_size}; expected all ranks to be started within that time; {WHAT_TO_CHECK}",
         )
-
-
-def end_with_launcher() -> None:
-    """Ask for SIGTERM when torchrun dies, so that no rank outlives it. Linux only."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1  # from Linux's prctl.h
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        time.sleep(0.01)
+    return token
 
 
 @contextlib.contextmanager

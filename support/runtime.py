@@ -6,46 +6,27 @@ attention kernels asks it; the model knows of none of them.
 
 import contextlib
 import ctypes
-import itertools
 import os
 import re
-import stat
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from support import ranks, script
-from support.script import FailedElsewhere, UserError
+from support import ranks
+from support.ranks import Ranks
+from support.script import UserError
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """This process's place among the others, and the device and precision it computes with."""
+@dataclass(frozen=True, kw_only=True)
+class Runtime(Ranks):
+    """This process's place among the ranks, and the device and precision it computes with."""
 
-    rank: int
-    world_size: int
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and losses stay float32
-    store: dist.Store | None = None  # what all ranks can read and write; None for one rank
-    _main_works: Iterator[int] = field(default_factory=itertools.count)  # numbers of `on_main`
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes files."""
-        return self.rank == 0
-
-    def say(self, *lines: str) -> None:
-        """Print on rank 0, above any progress bar."""
-        if self.is_main:
-            script.say(*lines)
-
-    # ------------------------------------------------------------------------------- precision
 
     def autocast(self):
         """The one autocast context, for training and evaluation alike."""
@@ -67,7 +48,6 @@ class Runtime:
 
     def compile(self, module: torch.nn.Module, T: int) -> torch.nn.Module:
         """The module compiled for training at context T; the module itself stays as it is."""
-        refuse_foreign_cache()
         # The cache of compiled code on disk does not know which attention kernels were asked for
         # (pytorch #185449): without this a process would run what another one compiled for others.
         kernels = [kernel.name for kernel in self.attention_kernels(T)]
@@ -75,140 +55,19 @@ class Runtime:
         # DDP's averaging of gradients breaks the graph.
         return torch.compile(module, dynamic=False, fullgraph=self.world_size == 1)
 
-    # ----------------------------------------------------------------------------- collectives
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks. Gloo has no reliable average: sum, then divide."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def max_over_ranks(self, value: int) -> int:
-        """The largest of all ranks' values, on every rank."""
-        if self.world_size == 1:
-            return value
-        values = torch.tensor(value)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return int(values)
-
-    def gather(self, value: Any) -> list[Any]:
-        """All ranks' values in the order of ranks, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank, once all ranks have come here."""
-        return self.gather(value)[0]
-
-    def on_main(self, work: Callable[[], Any], aloud: bool = False) -> Any:
-        """Do some work on rank 0 alone; returns its result on every rank.
-
-        It may take longer than a collective may: the others wait at the store meanwhile. Where it
-        fails, all ranks end: rank 0 with the error, the others without a word, or `aloud` with a
-        line that repeats it, for whoever reads their output alone.
-        """
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as caught:
-                error = caught
-        self._wait_for_main()
-        failure = (script.describe(error), script.is_final(error)) if error else None
-        failure, result = self.broadcast((failure, result))
-        if error:
-            raise error
-        if failure:
-            reason, is_final = failure
-            raise FailedElsewhere(reason if aloud else "", is_final)
-        return result
-
-    def on_all(self, work: Callable[[], Any]) -> Any:
-        """Do some work on every rank. Where it fails, all end: one with the error, as on_main."""
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as caught:
-            error = caught
-        finals = self.gather(script.is_final(error) if error else None)
-        failed = [rank for rank, is_final in enumerate(finals) if is_final is not None]
-        if not failed:
-            return result
-        if self.rank == failed[0]:
-            raise error
-        raise FailedElsewhere(is_final=finals[failed[0]])
-
-    def send_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Make tensors of equal shapes on all ranks those of rank 0."""
-        if self.world_size == 1:
-            return
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
-
-    def raise_on_all(self, error: Exception) -> NoReturn:
-        """End all ranks, which have found the same error: rank 0 with it, the others silently."""
-        raise error if self.is_main else FailedElsewhere(is_final=script.is_final(error))
-
-    def _wait_for_main(self) -> None:
-        """Wait until rank 0 has come here, however long it takes.
-
-        The store may be gone, as when torchrun is killed, and there is still a checkpoint to save.
-        Then the collective that follows waits, which it does for ten minutes at most.
-        """
-        if self.world_size == 1:
-            return
-        key = f"on_main/{next(self._main_works)}"
-        with contextlib.suppress(RuntimeError):
-            if self.is_main:
-                self.store.set(key, "done")
-            pause = 0.01
-            while not self.store.check([key]):
-                ranks.check_main_has_not_left(self.store)
-                time.sleep(pause)
-                pause = min(2 * pause, 0.5)
-
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, so that a clock can be read."""
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
 
 
-def refuse_foreign_cache() -> None:
-    """Raise UserError where somebody else may write into the folder of torch's compiled code.
+# Rows of logits, each as long as the vocabulary, that are in memory at once: in the loss and in
+# HellaSwag's head. More gains no speed, fewer leave matrix units idle.
+LOGIT_ROWS = {"cpu": 512, "cuda": 8192, "mps": 4096}
 
-    torch runs what it finds there. By default the folder is /tmp/torchinductor_<name of the user>,
-    which anyone may have made before.
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ or not hasattr(os, "getuid"):
-        return
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    folder = Path(default_cache_dir())
-    if not os.path.lexists(folder):
-        return
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
-        raise UserError(
-            f"{folder}: another user may write there, and torch.compile runs what is in it; "
-            "expected a folder of your own; remove it, set TORCHINDUCTOR_CACHE_DIR to another, or "
-            "use --no-compile"
-        )
-
-
-def checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """A sum over the bits of float32 tensors, which any single flipped bit changes.
-
-    It is one pass over them, where they are; on a GPU the host waits once, for the sum.
-    """
-    sums = []
-    for tensor in tensors:
-        bits = tensor.detach().reshape(-1).view(torch.int32)
-        # torch makes 64-bit integers of all before it adds them, so a large tensor goes in pieces.
-        sums += [piece.sum() for piece in bits.split(2**19)]
-    return int(torch.stack(sums).sum())
+# The vocabulary is padded to a multiple of this inside both: matrix units work on aligned sizes,
+# and 50257 is odd. On a CPU it saves 5% of a training step.
+PAD_VOCABULARY_TO = 64
 
 
 # ---------------------------------------------------------------------------------------- start
@@ -216,7 +75,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Join the process group if torchrun has started us; settle device and precision."""
-    rank, world_size = ranks.place_in_environment()
+    rank, world_size = ranks.place()
     chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = cuda_device_of_rank(chosen)
@@ -231,9 +90,8 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     if chosen.type == "cpu":
         # Despite its name it rules the CPU too: unfused attention stays in bfloat16.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    ranks.end_with_launcher()
-    store = ranks.join(chosen) if world_size > 1 else None
-    return Runtime(rank, world_size, chosen, chosen_dtype, store)
+    patient = ranks.join(chosen) if world_size > 1 else None
+    return Runtime(rank, world_size, patient, device=chosen, dtype=chosen_dtype)
 
 
 def choose_device(name: str) -> torch.device:
@@ -279,31 +137,15 @@ def cuda_device_of_rank(device: torch.device) -> torch.device:
             "cpu"
         )
     device = torch.device("cuda", index)
-    major, minor = torch.cuda.get_device_capability(device)
-    if not has_kernels_for(major, minor, torch.cuda.get_arch_list()):
+    try:
+        torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)
+    except RuntimeError as error:  # as "no kernel image is available for execution on the device"
         raise UserError(
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "
-            f"expected one that this torch was built for: {' '.join(torch.cuda.get_arch_list())}; "
-            "install a torch that was built for it, or use --device cpu"
-        )
+            f"{torch.cuda.get_device_name(device)} cannot multiply two numbers ({error}); expected "
+            "a GPU that this torch was built for; install a torch that was built for it, or use "
+            "--device cpu"
+        ) from None
     return device
-
-
-def has_kernels_for(major: int, minor: int, architectures: list[str]) -> bool:
-    """Whether code for the architectures (`sm_90`, `compute_90`) runs on a compute capability.
-
-    Binary code (sm) runs on its own major version from its minor version on; intermediate code
-    (compute) on every later one.
-    """
-    for architecture in architectures:
-        kind, _, number = architecture.partition("_")
-        digits = number.rstrip("abcdefghijklmnopqrstuvwxyz")
-        built = (int(digits[:-1]), int(digits[-1]))
-        if kind == "sm" and built[0] == major and built[1] <= minor:
-            return True
-        if kind == "compute" and built <= (major, minor):
-            return True
-    return False
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -384,6 +226,55 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # from glibc's malloc.h
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest number of bytes that this process has held; on CUDA only those of tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has no such module
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ------------------------------------------------------------------------------- packed weights
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose bfloat16 weight is in oneDNN's layout for products with few rows.
+
+    The two operators are private to torch: this is the one place that calls such. torch.compile
+    would use the same two for constant weights, after a minute of compiling.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(model: nn.Module, rows: int) -> bool:
+    """Make a GPT generate `rows` texts faster, in place; returns whether that was possible.
+
+    It is possible for bfloat16 weights on a CPU with bfloat16 products. A packed model can neither
+    be trained nor saved.
+    """
+    weight = model.transformer.wte.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return False
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias, rows))
+    model.head = PackedLinear(weight, None, rows).forward  # the head is a method, not a layer
+    return True
 
 
 # ---------------------------------------------------------------------------------------- peaks

@@ -26,7 +26,7 @@ from support.runtime import Runtime
 from support.script import UserError
 from tokens import get_encoding
 
-CPU = Runtime(0, 1, torch.device("cpu"), torch.float32)
+CPU = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 TEXT = (
     "the a man woman dog quickly runs jumps over under water roof it's 12 Élan, naïve and then "
     "slowly paints wall. She [header] he"

@@ -30,7 +30,7 @@ import fineweb
 import hellaswag
 import sample
 import train_gpt2
-from support import documents, plot, run_directory, runtime, script
+from support import documents, plot, run_directory, script
 from support.files import locked, read_lines
 from support.hub import without_secrets
 from support.huggingface import save_tokenizer
@@ -326,23 +326,6 @@ def test_settings_of_wandb_in_a_run_are_refused(run, wandb):
     (run / "wandb/settings").write_text("[default]\nbase_url = http://evil\n")
     assert "r/wandb/settings" in refused(track, train_gpt2.RECIPES["first-run"], run)
     assert not wandb
-
-
-@pytest.mark.parametrize("kind", ["writable", "link"])
-def test_compiled_code_is_taken_from_no_folder_of_somebody_else(monkeypatch, tmp_path, kind):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("LOGNAME", "somebody")
-    folder = tmp_path / "torchinductor_somebody"
-    runtime.refuse_foreign_cache()
-    folder.mkdir()
-    runtime.refuse_foreign_cache()
-    if kind == "writable":
-        folder.chmod(0o777)
-    else:
-        folder.rmdir()
-        folder.symlink_to(tmp_path)
-    assert "torchinductor_somebody: another user" in refused(runtime.refuse_foreign_cache)
 
 
 def test_a_run_inside_a_checkpoint_is_refused(run, data, capfd):

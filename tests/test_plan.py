@@ -251,7 +251,7 @@ def test_dry_run_prints_the_plan_and_leaves_no_trace(
 
 def test_a_known_gpu_is_planned_from_its_datasheet(monkeypatch):
     monkeypatch.setattr(plan, "peak_flops", lambda device, dtype: 989e12)
-    rt = Runtime(0, 8, torch.device("cuda"), torch.bfloat16)
+    rt = Runtime(0, 8, device=torch.device("cuda"), dtype=torch.bfloat16)
     line, _ = plan.plan_time(SIZES["gpt2"], rt, 19073, 524288)
     # 8 × 0.4 × 989e12 / 854e6 = 3.70M tokens/s
     assert "45 minutes at 3,70" in line

@@ -1,15 +1,12 @@
-"""support/runtime.py: the choice of device, dtype and kernels, and what ranks tell each other."""
-
-import json
+"""support/runtime.py: the choice of device, dtype and kernels."""
 
 import pytest
 import torch
-from tools import torchrun
 from torch.nn.attention import SDPBackend
 
 from support import runtime
-from support.runtime import Runtime, checksum, choose_device, choose_dtype, peak_flops
-from support.script import FailedElsewhere, TransientError, UserError
+from support.runtime import Runtime, choose_device, choose_dtype, peak_flops
+from support.script import UserError
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -26,7 +23,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
+        real_ones = torch.ones
+        monkeypatch.setattr(torch, "ones", lambda *size, device=None: real_ones(*size))
 
     return pretend
 
@@ -97,20 +95,14 @@ def test_a_rank_without_a_gpu_is_refused(machine, monkeypatch):
         runtime.start("cuda")
 
 
-def test_a_gpu_that_torch_has_no_code_for_is_refused(machine):
+def test_a_gpu_that_torch_has_no_code_for_is_refused(machine, monkeypatch):
+    def ones(*size, device):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
     machine(cuda=True, card="Tesla V100-SXM2-16GB", capability=(7, 0))
-    with pytest.raises(UserError, match="Tesla V100-SXM2-16GB has compute capability 7.0"):
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(UserError, match="Tesla V100-SXM2-16GB cannot multiply two numbers .no ker"):
         runtime.start("cuda")
-
-
-@pytest.mark.parametrize(
-    "capability, runs",
-    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 0), True)],
-)
-def test_binary_code_runs_on_its_major_version_and_intermediate_code_on_later_ones(
-    capability, runs
-):
-    assert runtime.has_kernels_for(*capability, ["sm_80", "sm_90a", "compute_90"]) == runs
 
 
 @pytest.mark.parametrize("dtype, precision", [("float32", "highest"), ("bfloat16", "high")])
@@ -154,7 +146,7 @@ def test_a_named_dtype_is_taken(name):
 def test_autocast_sets_the_dtype_of_matrix_products():
     weight = torch.randn(4, 4)
     for dtype in (torch.float32, torch.bfloat16):
-        with Runtime(0, 1, CPU, dtype).autocast():
+        with Runtime(device=CPU, dtype=dtype).autocast():
             assert (weight @ weight).dtype == dtype
 
 
@@ -244,14 +236,14 @@ def test_cudnn_attention_comes_first_where_it_is_right_and_faster(
 ):
     machine(cuda=True, capability=capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    kernels = Runtime(0, 1, CUDA, torch.bfloat16).attention_kernels(1024)
+    kernels = Runtime(device=CUDA, dtype=torch.bfloat16).attention_kernels(1024)
     assert kernels[0] == first
     assert (SDPBackend.CUDNN_ATTENTION in kernels) == (first == SDPBackend.CUDNN_ATTENTION)
 
 
 def test_compiled_code_is_kept_apart_by_its_order_of_kernels(machine, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
-    rt = Runtime(0, 1, CUDA, torch.bfloat16)
+    rt = Runtime(device=CUDA, dtype=torch.bfloat16)
     tags = set()
     with torch.compiler.config.patch(cache_key_tag=""):  # and put back in the end
         for capability in ((8, 0), (9, 0)):
@@ -262,8 +254,8 @@ def test_compiled_code_is_kept_apart_by_its_order_of_kernels(machine, monkeypatc
 
 
 def test_on_a_cpu_the_unfused_kernel_is_for_short_bfloat16_alone():
-    bfloat16 = Runtime(0, 1, CPU, torch.bfloat16)
-    float32 = Runtime(0, 1, CPU, torch.float32)
+    bfloat16 = Runtime(device=CPU, dtype=torch.bfloat16)
+    float32 = Runtime(device=CPU, dtype=torch.float32)
     assert bfloat16.attention_kernels(512) == [SDPBackend.MATH]
     assert bfloat16.attention_kernels(513)[0] == SDPBackend.FLASH_ATTENTION
     assert float32.attention_kernels(512)[0] == SDPBackend.FLASH_ATTENTION
@@ -273,7 +265,7 @@ def test_on_a_cpu_the_unfused_kernel_is_for_short_bfloat16_alone():
 def test_attention_runs_in_a_kernel_of_the_list(dtype, fused):
     """A kernel is known by the operation that autograd records."""
     q = torch.randn(1, 2, 8, 16, requires_grad=True)
-    with Runtime(0, 1, CPU, dtype).attention(8):
+    with Runtime(device=CPU, dtype=dtype).attention(8):
         y = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     assert ("Flash" in y.grad_fn.name()) == fused
 
@@ -281,77 +273,6 @@ def test_attention_runs_in_a_kernel_of_the_list(dtype, fused):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_cuda_attention_runs_in_the_preferred_kernel():
     q = torch.randn(1, 2, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    with Runtime(0, 1, torch.device("cuda"), torch.bfloat16).attention(128):
+    with Runtime(device=torch.device("cuda"), dtype=torch.bfloat16).attention(128):
         y = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     assert "Cudnn" in y.grad_fn.name()
-
-
-# ---------------------------------------------------------------------------------- processes
-
-RANKS = """
-import json, sys, torch, runtime
-rt = runtime.start("cpu", "float32")
-values = rt.sum(torch.tensor([1.0, 10.0]) * (rt.rank + 1))
-sent = torch.full((2,), 5.0 + rt.rank)
-rt.send_from_main([sent])
-answers = {
-    "rank": rt.rank,
-    "world_size": rt.world_size,
-    "sum": values.tolist(),
-    "largest": rt.max_over_ranks(rt.rank + 3),
-    "broadcast": rt.broadcast({"rank": rt.rank}),
-    "sent": sent.tolist(),
-}
-rt.say("said by rank", str(rt.rank))
-open(f"{sys.argv[1]}/{rt.rank}.json", "w").write(json.dumps(answers))
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_ranks_sum_compare_and_share_values(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    done = torchrun(2, script, tmp_path)
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
-            "rank": rank,
-            "world_size": 2,
-            "sum": [3.0, 30.0],
-            "largest": 4,
-            "broadcast": {"rank": 0},
-            "sent": [5.0, 5.0],
-        }
-    assert done.stdout == "said by rank\n0\n"  # rank 1 is silent
-
-
-def test_one_process_needs_no_process_group():
-    rt = runtime.start("cpu", "float32")
-    assert not torch.distributed.is_initialized()
-    assert rt.is_main
-    assert rt.sum(torch.tensor([2.0])).tolist() == [2.0]
-    assert rt.max_over_ranks(3) == 3
-    assert rt.broadcast("x") == "x"
-
-
-@pytest.mark.parametrize("kind, is_final", [(UserError, True), (TransientError, False)])
-def test_other_ranks_end_as_finally_as_rank_0(kind, is_final):
-    """Or torchrun's restart, which mends a fault that passes, would end at once."""
-    rank_1 = Runtime(1, 2, torch.device("cpu"), torch.float32)
-    with pytest.raises(FailedElsewhere) as raised:
-        rank_1.raise_on_all(kind("this; expected that; do it"))
-    assert raised.value.is_final == is_final
-
-
-@pytest.mark.parametrize("place", [0, 3, 2**20])
-def test_a_single_flipped_bit_changes_the_checksum(place):
-    """In each of its 32 bits, in a tensor that is summed in pieces."""
-    tensor = torch.randn(2**20 + 1)
-    before = checksum([torch.ones(3), tensor])
-    bits = tensor.view(torch.int32)
-    for bit in range(32):
-        mask = torch.tensor(2**bit).to(torch.int32)
-        bits[place] ^= mask
-        assert checksum([torch.ones(3), tensor]) != before
-        bits[place] ^= mask
-    assert checksum([torch.ones(3), tensor]) == before

@@ -1126,7 +1126,7 @@ def test_compiled_training_learns_the_same(data, in_tmp):
 @pytest.mark.parametrize("capability, is_said", [((7, 5), True), ((8, 0), False)])
 def test_a_gpu_without_bfloat16_is_said_to_train_in_float32(monkeypatch, capability, is_said):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    rt = Runtime(0, 1, torch.device("cuda"), torch.float32)
+    rt = Runtime(device=torch.device("cuda"), dtype=torch.float32)
     said = train_gpt2.describe_runtime(rt, CONFIG)
     assert ("no bfloat16, so it trains in float32" in said) == is_said
 
