@@ -257,16 +257,24 @@ def test_a_bit_that_flips_in_one_rank_is_noticed_before_it_is_saved(
 
 def fill_the_disk_for_the_writer() -> None:
     """The thread that writes the checkpoint meets it."""
+    be_the_first_of_a_machine()
     run_directory.save_file = full_disk
 
 
 def fill_the_disk_for_the_copy() -> None:
     """The training loop meets it, where it begins a save."""
+    be_the_first_of_a_machine()
     run_directory.file_sha256 = full_disk
 
 
 def fill_the_disk_for_the_log() -> None:
+    be_the_first_of_a_machine()
     run_directory.append = full_disk
+
+
+def be_the_first_of_a_machine() -> None:
+    """Who is not the first on its machine ends silently."""
+    os.environ["LOCAL_RANK"] = "0"
 
 
 def full_disk(*args, **kwargs):
@@ -291,7 +299,7 @@ def test_what_rank_0_cannot_write_ends_every_rank_with_a_line_that_says_so(
     reason = "the/file: No space left on device; expected to read or write it"
     assert ranks.output(0).splitlines()[-1].startswith(f"error: {reason}")
     (line,) = ranks.output(1).splitlines()
-    assert line.startswith(f"rank 1 ends, since rank 0 has failed: {reason}")
+    assert line.startswith(f"error: rank 1 ends, since rank 0 has failed: {reason}")
     assert "Traceback" not in ranks.output(0)
 
 
