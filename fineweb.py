@@ -43,6 +43,7 @@ import tyro
 
 import tokens
 from support import script
+from support import shards as token_files
 from support.documents import (
     ENDLESS_RUN,
     TOO_LONG,
@@ -413,12 +414,12 @@ class Writer:
         number = len(self.shards)
         split = "train" if number else "val"
         file = self.folder / f"{self.corpus}_{split}_{number:06d}.bin"
-        self.shards.append(tokens.write_shard(file, shard))
+        self.shards.append(token_files.write_shard(file, shard))
 
     def commit(self, position: Position) -> None:
         """Record the shards so far, and where to go on after them."""
         progress = {"shards": self.shards, "position": dataclasses.asdict(position)}
-        tokens.write_manifest(self.folder, self.settings | progress, partial=True)
+        token_files.write_manifest(self.folder, self.settings | progress, partial=True)
 
     def finish(self, summary: dict, eot_token: int) -> None:
         """Write what is left, and the manifest."""
@@ -429,7 +430,7 @@ class Writer:
             rest = rest[:cut]
         if len(rest):
             self.write_shard(rest)
-        tokens.write_manifest(self.folder, self.settings | summary | {"shards": self.shards})
+        token_files.write_manifest(self.folder, self.settings | summary | {"shards": self.shards})
 
 
 def validation_cut(stream: np.ndarray, eot_token: int) -> int:
@@ -465,27 +466,27 @@ def begin_or_resume(folder: Path, settings: dict) -> dict:
         partial = read_partial_manifest(folder)
         if partial["shards"]:
             check_settings(folder / "manifest.partial.json", partial, settings)
-            tokens.verify_shards(folder, partial, "manifest.partial.json")
+            token_files.verify_shards(folder, partial, "manifest.partial.json")
         # Only now: a damaged name in the manifest must not cost the shard that has it.
         remove_uncommitted(folder, {shard["name"] for shard in partial["shards"]})
         if partial["shards"]:  # else nothing is lost by beginning anew
             return partial
     else:
         for file in folder.iterdir():
-            if file.suffix in tokens.SUFFIXES:
+            if file.suffix in token_files.SUFFIXES:
                 raise UserError(
                     f"{folder}: holds {file.name} and no manifest; expected an empty directory; "
                     "choose another --out"
                 )
     partial = settings | {"shards": [], "position": dataclasses.asdict(Position())}
-    tokens.write_manifest(folder, partial, partial=True)
+    token_files.write_manifest(folder, partial, partial=True)
     return partial
 
 
 def read_partial_manifest(folder: Path) -> dict:
     """The partial manifest, which may come from somebody else. Its names stay in the folder."""
-    read_json(folder / "manifest.partial.json", PARTIAL_SHAPE, tokens.MANIFEST_BYTES)
-    return tokens.read_manifest(folder, partial=True)
+    read_json(folder / "manifest.partial.json", PARTIAL_SHAPE, token_files.MANIFEST_BYTES)
+    return token_files.read_manifest(folder, partial=True)
 
 
 def remove_uncommitted(folder: Path, committed: set[str]) -> None:
@@ -626,7 +627,7 @@ def is_prepared(config: PrepareConfig, settings: dict, say: Callable) -> bool:
     folder = config.folder
     if not (folder / "manifest.json").exists():
         return False
-    manifest = tokens.read_manifest(folder)
+    manifest = token_files.read_manifest(folder)
     if config.input or config.revision == "main":
         settings = settings | {"revision": manifest.get("revision")}
     else:
@@ -795,14 +796,14 @@ def download_shards(config: PrepareConfig, settings: dict, say: Callable) -> Non
             raise
         try:
             sha256 = file.lfs.sha256 if file.lfs else None
-            shards.append(tokens.add_downloaded_shard(path, folder / path.name, sha256))
+            shards.append(token_files.add_downloaded_shard(path, folder / path.name, sha256))
         except UserError:
             path.unlink()  # the next call would take it without a download
             raise
         progress = {"shards": shards, "position": dataclasses.asdict(Position())}
-        tokens.write_manifest(folder, settings | progress, partial=True)
+        token_files.write_manifest(folder, settings | progress, partial=True)
     shutil.rmtree(folder / ".download", ignore_errors=True)
-    tokens.write_manifest(folder, settings | {"shards": shards})
+    token_files.write_manifest(folder, settings | {"shards": shards})
     num_tokens = sum(shard["tokens"] for shard in shards)
     say(f"{folder}: {num_tokens:,} tokens in {len(shards)} shards")
 
@@ -827,7 +828,7 @@ def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
         )
     if not config.max_tokens:
         return shards
-    ends = np.cumsum([(file.size - tokens.HEADER_BYTES) // 2 for file in shards])
+    ends = np.cumsum([(file.size - token_files.HEADER_BYTES) // 2 for file in shards])
     needed = int(np.searchsorted(ends, config.max_tokens)) + 1
     return shards[: max(2, needed)]
 
@@ -838,7 +839,7 @@ def is_shard(file: Any) -> bool:
         return False
     *folders, name = file.rfilename.split("/")
     has_plain_name = SHARD_NAME.fullmatch(name) and all(map(plain_name, folders))
-    return bool(has_plain_name) and 0 <= file.size <= tokens.HEADER_BYTES + 2 * 2**31
+    return bool(has_plain_name) and 0 <= file.size <= token_files.HEADER_BYTES + 2 * 2**31
 
 
 def bar_that_stops(size: int, name: str) -> type:
@@ -888,7 +889,7 @@ def prepare_path(path: str, tokenizer: str, say: Callable = print) -> Path:
 def holds_tokens(folder: str) -> bool:
     """Whether a directory holds token files or a manifest, finished or not."""
     for file in Path(folder).iterdir():
-        if file.suffix in tokens.SUFFIXES or file.name in (
+        if file.suffix in token_files.SUFFIXES or file.name in (
             "manifest.json",
             "manifest.partial.json",
         ):
@@ -921,7 +922,7 @@ def main() -> None:
     description = "Prepare token shards from a hub dataset, local files or ready-made shards."
     config = parse_flags(PrepareConfig, PrepareConfig(), description)
     if config.verify:
-        num_tokens = tokens.verify(Path(config.verify))
+        num_tokens = token_files.verify(Path(config.verify))
         script.say(
             f"{config.verify}: {num_tokens:,} tokens, all sizes, hashes and tokens are right"
         )

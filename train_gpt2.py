@@ -76,10 +76,9 @@ from support.script import (
     parse_flags,
     run_script,
 )
+from support.shards import ENCODINGS, SUFFIXES
 from support.spikes import SpikeGuard
 from tokens import (
-    ENCODINGS,
-    SUFFIXES,
     TokenArray,
     TokenData,
     get_encoding,

@@ -13,7 +13,8 @@ import numpy as np
 from harness import Case, Ready, Setting
 
 from support.runtime import keep_freed_memory
-from tokens import HEADER_BYTES, get_encoding
+from support.shards import HEADER_BYTES
+from tokens import get_encoding
 
 ALONE = "tiktoken alone, 1 thread"  # the row that others are measured by
 

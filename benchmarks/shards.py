@@ -18,7 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tokens import Shard, TokenArray, open_data, training_windows
+from support.shards import Shard
+from tokens import TokenArray, open_data, training_windows
 
 TOKENS = 1_500_000  # of a shard: 10^7 of them hold 15T
 T = 1024
@@ -28,14 +29,13 @@ STEPS = 20
 
 def make_shards(folder: Path, number: int) -> None:
     for i in range(number):
-        count = TOKENS + i % 4099  # files of one length would all be equal, and copies are refused
         name = f"{folder}/{i // 100:05d}_{i % 100:05d}_doc_shuffled.ds"
         with open(name, "wb") as file:
-            file.truncate(2 * count)
+            file.truncate(2 * TOKENS)
         with open(f"{name}.index", "wb"):
             pass
         with open(f"{name}.metadata", "w") as file:
-            file.write(f"gpt2|2\n{count}\n{count / 1e6} MT")
+            file.write(f"gpt2|2\n{TOKENS}\n{TOKENS / 1e6} MT")
 
 
 def resident_bytes() -> int:

@@ -11,7 +11,8 @@ from harness import Case, Ready, Setting, random_tokens
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
 from support import runtime
 from support.plan import flops_per_token
-from tokens import open_data, training_windows, write_manifest, write_shard
+from support.shards import write_manifest, write_shard
+from tokens import open_data, training_windows
 
 LEARNING_RATE = 1e-5  # small: random tokens are learned by heart, and nothing must overflow
 

@@ -53,7 +53,8 @@ from support.files import (
 from support.huggingface import check_tokenizer, save_tokenizer
 from support.optimizer import STATE_OF
 from support.script import Stopped, UserError, say
-from tokens import ENCODINGS, encoding_for
+from support.shards import ENCODINGS
+from tokens import encoding_for
 
 SCHEMA = 2  # of state.json; a newer one is refused
 MODEL_FILES = ("config.json", "model.safetensors")  # what sampling and scoring read

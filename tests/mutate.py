@@ -46,7 +46,8 @@ from support import plot, run_directory
 from support.huggingface import save_tokenizer
 from support.run_directory import RunDirectory, load_model
 from support.script import UserError
-from tokens import get_encoding, open_data, verify, verify_shards
+from support.shards import verify, verify_shards
+from tokens import get_encoding, open_data
 
 MOST_SECONDS = 5.0
 MOST_BYTES = 10**9

@@ -37,6 +37,7 @@ import fineweb
 import tokens
 from fineweb import PrepareConfig, prepare
 from support import documents as support_documents
+from support import shards as token_files
 from support.script import UserError, run_script
 
 END = "<|endoftext|>"
@@ -97,10 +98,10 @@ def reference(documents: list[str]) -> list[int]:
 
 def shards(folder: Path) -> list[list[int]]:
     """Tokens of each shard, in order, after checking every size and hash."""
-    tokens.verify(folder)
+    token_files.verify(folder)
     return [
         np.fromfile(folder / entry["name"], dtype="<u2", offset=1024).tolist()
-        for entry in tokens.read_manifest(folder)["shards"]
+        for entry in token_files.read_manifest(folder)["shards"]
     ]
 
 
@@ -466,7 +467,11 @@ def test_damage_to_a_committed_shard_is_found_when_going_on(tmp_path, parquet, m
     monkeypatch.setattr(fineweb.Writer, "finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(config, quiet)
-    file = tmp_path / "o" / tokens.read_manifest(tmp_path / "o", partial=True)["shards"][1]["name"]
+    file = (
+        tmp_path
+        / "o"
+        / token_files.read_manifest(tmp_path / "o", partial=True)["shards"][1]["name"]
+    )
     file.write_bytes(file.read_bytes()[:-1] + b"\7")
     with pytest.raises(UserError, match=file.name):
         prepare(config, quiet)
@@ -603,7 +608,7 @@ def test_unusable_documents_are_counted_and_too_many_refused(tmp_path):
     file.write_bytes("\n".join(good + bad).encode("latin-1"))
     folder = prepare(PrepareConfig(input=(str(file),), out=str(tmp_path / "o")), said.append)
     skipped = {"missing text": 2, "int instead of text": 1, "not a JSON object": 2, "not UTF-8": 1}
-    manifest = tokens.read_manifest(folder)
+    manifest = token_files.read_manifest(folder)
     assert (manifest["documents"], manifest["skipped"]) == (60, skipped)
     assert (
         "skipped documents: 2 missing text, 1 int instead of text, 2 not a JSON object, 1 not UTF-8"
@@ -680,7 +685,7 @@ def test_bad_input_ends_with_exit_code_2_and_one_line(tmp_path):
         )
         with pytest.raises(UserError) as error:
             config = fineweb.parse_flags(PrepareConfig, PrepareConfig(), "", arguments)
-            tokens.verify(Path(config.verify)) if config.verify else prepare(config, quiet)
+            token_files.verify(Path(config.verify)) if config.verify else prepare(config, quiet)
         assert named in str(error.value) and str(error.value).count("; ") >= 2
 
 
@@ -824,7 +829,7 @@ def test_prepared_data_are_accepted_without_writing_anything(tmp_path, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(fineweb, "locked", read_only)
-    monkeypatch.setattr(tokens, "write_file", read_only)
+    monkeypatch.setattr(token_files, "write_file", read_only)
     assert prepare(config, quiet) == tmp_path / "o"
     assert sorted(os.listdir(tmp_path / "o")) == names
 
@@ -868,7 +873,7 @@ def test_what_a_kill_left_is_removed_and_links_are_not_followed(tmp_path):
     partial["position"] = dataclasses.asdict(fineweb.Position())
     (folder / "manifest.partial.json").write_text(json.dumps(partial))
     prepare(PrepareConfig(input=(str(tmp_path / "a.txt"),), out=str(folder)), quiet)
-    tokens.verify(folder)
+    token_files.verify(folder)
     assert victim.read_text() == "precious"
 
 
@@ -975,7 +980,7 @@ def test_streams_the_hub_through_errors_and_names_what_is_not_there(
     code, lines = run(*edu, "--out", tmp_path / "o")
     assert code == 0, lines
     assert shards(tmp_path / "o") == cut(reference(long_documents), 40_000)
-    assert tokens.read_manifest(tmp_path / "o")["revision"] == "a" * 40
+    assert token_files.read_manifest(tmp_path / "o")["revision"] == "a" * 40
     assert f"train on it: python train_gpt2.py --data {tmp_path / 'o'}" in lines
     for flags, named in (
         (["--dataset", "someone/else"], "someone/else"),
@@ -993,7 +998,7 @@ def test_no_network_then_a_moved_revision_then_the_pinned_one(
     hub.fault = fails(503, 10**9, "002_00000.parquet")
     code, lines = run(*edu, "--out", tmp_path / "o")
     assert code == 2 and "check the names and the connection" in lines[-1]
-    assert len(tokens.read_manifest(tmp_path / "o", partial=True)["shards"]) > 2
+    assert len(token_files.read_manifest(tmp_path / "o", partial=True)["shards"]) > 2
     hub.fault, hub.commit = lambda handler, path: False, "b" * 40
     code, lines = run(*edu, "--out", tmp_path / "o")
     assert code == 2 and f"revision was '{'a' * 40}', now '{'b' * 40}'" in lines[-1]
@@ -1030,7 +1035,7 @@ def test_pretokenized_shards_are_fetched_checked_and_never_kept_when_wrong(hub, 
     folder = hub.root / "kjj0/finewebedu10B-gpt2"
     folder.mkdir(parents=True)
     for i, split in enumerate(("val", "train", "train", "train")):
-        tokens.write_shard(
+        token_files.write_shard(
             folder / f"finewebedu_{split}_{i:06d}.bin",
             np.random.default_rng(i).integers(0, 50257, 3000, dtype=np.uint16),
         )
@@ -1067,7 +1072,7 @@ def test_pretokenized_shards_are_fetched_checked_and_never_kept_when_wrong(hub, 
         assert (tmp_path / "o" / name).read_bytes() == (folder / name).read_bytes()
     assert (
         len(tokens.open_data(tmp_path / "o").train) == 6000
-        and tokens.verify(tmp_path / "o") == 9000
+        and token_files.verify(tmp_path / "o") == 9000
     )
     assert not any(
         "000000.bin" in path or "000003.bin" in path for _, path, _ in hub.requests
@@ -1104,7 +1109,7 @@ def test_a_download_that_does_not_end_is_ended(hub, run, tmp_path):
     folder = hub.root / "someone/endless"
     folder.mkdir(parents=True)
     for name in ("x_val_000000.bin", "x_train_000001.bin"):
-        tokens.write_shard(folder / name, np.zeros(3000, dtype=np.uint16))
+        token_files.write_shard(folder / name, np.zeros(3000, dtype=np.uint16))
     sent = [0]
     hub.fault = endless(sent, ".bin")
     flags = ["--pretokenized", "--dataset", "someone/endless", "--out", tmp_path / "o"]

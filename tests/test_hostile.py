@@ -36,7 +36,8 @@ from support.hub import without_secrets
 from support.huggingface import save_tokenizer
 from support.run_directory import RunDirectory, load_model
 from support.script import UserError, exit_code_and_message
-from tokens import get_encoding, open_data, verify
+from support.shards import verify
+from tokens import get_encoding, open_data
 from train_gpt2 import main
 
 TINY_FLAGS = """
@@ -367,18 +368,6 @@ def test_a_strangers_run_goes_on_with_data_from_the_command_line(text_run, monke
     assert train("--out", "r", "--resume") == 2
     assert "r/train.json: names --data 'text.txt'" in last_error(capfd)
     assert train("--out", "r", "--resume", "--data", "text.txt") == 0
-
-
-def test_shards_that_a_run_knows_by_their_fingerprint_need_no_flag(run, data, somebody_else, capfd):
-    """As on a new machine with the same disks. Whoever knows the fingerprint has the data."""
-    assert train("--out", "r", "--resume") == 0
-    shutil.copytree(data, "private")
-    with open("private/text_val_000000.bin", "r+b") as f:
-        f.seek(-2, os.SEEK_END)
-        f.write(b"\1\0")
-    change_train_json(run, data="private")
-    assert train("--out", "r", "--resume") == 2
-    assert "names --data 'private'" in last_error(capfd)
 
 
 def test_a_changed_value_breaks_the_users_seal(run, canary, capfd):

@@ -40,7 +40,8 @@ from support import run_directory, script
 from support.files import locked
 from support.plan import flops_per_token
 from support.runtime import Runtime, start
-from tokens import get_encoding, open_data, token_bytes, write_manifest, write_shard
+from support.shards import write_manifest, write_shard
+from tokens import get_encoding, open_data, token_bytes
 from train_gpt2 import (
     RECIPES,
     config_of_command_line,

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
 from support.script import run_script  # noqa: E402
-from tokens import write_manifest, write_shard  # noqa: E402
+from support.shards import write_manifest, write_shard  # noqa: E402
 
 # --------------------------------------------------------------------------------- tiny models
 
@@ -74,6 +74,21 @@ def write_bytes_data(folder: Path) -> Path:
         write_shard(folder / "text_train_000001.bin", tokens[:cut]),
     ]
     write_manifest(folder, {"encoding": "bytes", "vocab_size": 257, "shards": shards})
+    return folder
+
+
+def write_counting_data(
+    folder: Path, shards=((40, "val"), (100, "train"), (60, "train")), corpus="c", modulus=2**16
+) -> Path:
+    """A prepared directory of the tokens 0, 1, 2, … modulo `modulus`; shards: (tokens, split)."""
+    folder.mkdir(exist_ok=True)
+    start = 0
+    entries = []
+    for i, (count, split) in enumerate(shards):
+        tokens = (np.arange(start, start + count) % modulus).astype(np.uint16)
+        entries.append(write_shard(folder / f"{corpus}_{split}_{i:06d}.bin", tokens))
+        start += count
+    write_manifest(folder, {"encoding": "bytes", "vocab_size": 257, "shards": entries})
     return folder
 
 
