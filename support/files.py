@@ -3,10 +3,9 @@
 Everything that a run or a corpus leaves on disk is written by `write_file`: under a temporary name,
 flushed to the disk, then renamed. A reader sees the old file or the new one, never half of it.
 
-Writing never follows a symbolic link: a new file is created where no name existed, and renaming it
-replaces a link instead of what the link points to. Reading does follow links, because the cache of
-Hugging Face's hub is made of them. But it reads regular files only, up to a limit of size, and JSON
-must have a declared shape.
+A link that stands where a file is written is replaced, and what it points to stays. Reading follows
+links, since Hugging Face's cache is made of them. Only regular files are read, up to a limit of
+size, and JSON must have a declared shape.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from support.script import UserError
+from support.script import UserError, require, shown
 
 # What a file system answers when it has no such operation: Lustre, CIFS and FUSE lack some of them.
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -90,19 +89,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def set_mode(file: Path, mode: int) -> None:
-    """Set a file's permissions; where the file system has none, one warning says so."""
-    try:
-        file.chmod(mode)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        _warn_once(
-            f"{file}: permissions cannot be set here ({error.strerror}); "
-            "other users may be unable to read the file"
-        )
-
-
 def remove_leftovers(folder: Path) -> None:
     """Remove what a crash left half-written in `folder`. Call with its lock held.
 
@@ -116,24 +102,11 @@ def remove(path: Path) -> None:
     """Remove a file, a directory or a link (never what the link points to), if it is there."""
     if path.is_dir() and not path.is_symlink():
         try:
-            with walking(path):
-                shutil.rmtree(path)
+            shutil.rmtree(path)
         except OSError as error:  # it names files without their folder
             raise OSError(error.errno, error.strerror, str(path)) from None
     elif os.path.lexists(path):
         path.unlink()
-
-
-@contextlib.contextmanager
-def walking(folder: str | Path) -> Iterator[None]:
-    """Raise UserError where folders are nested so deeply that Python's functions fail."""
-    try:
-        yield
-    except RecursionError:
-        raise UserError(
-            f"{folder}: folders are nested too deeply; expected at most a few hundred; remove what "
-            "is in it, or name a folder further inside"
-        ) from None
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -144,11 +117,6 @@ def open_file(file: Path) -> BinaryIO:
 
     Raises UserError, also where the file is missing or may not be read.
     """
-    return open(open_descriptor(file), "rb")
-
-
-def open_descriptor(file: str | Path) -> int:
-    """The same as a bare descriptor, for who opens a million files."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(file, flags)
@@ -159,66 +127,20 @@ def open_descriptor(file: str | Path) -> int:
         ) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(
-            f"{file}: not a regular file; expected a regular file; remove it, or name another file"
-        )
-    return descriptor
-
-
-def refuse_holes(opened: BinaryIO, file: Path) -> None:
-    """Raise UserError for a sparse file, in which a few bytes stand for terabytes of zeros.
-
-    Some holes are no fault: a file system that compresses makes them of any zeros.
-    """
-    status = os.fstat(opened.fileno())
-    on_disk = 512 * getattr(status, "st_blocks", status.st_size)
-    if status.st_size <= max(2**20, 16 * on_disk) or not hasattr(os, "SEEK_HOLE"):
-        return
-    first_hole = os.lseek(opened.fileno(), 0, os.SEEK_HOLE)  # of what is not on the disk yet: none
-    opened.seek(0)
-    if first_hole < status.st_size:
-        raise UserError(
-            f"{file}: a sparse file, {on_disk:,} of {status.st_size:,} bytes are on the disk; "
-            "expected a file without holes; leave it out, or fetch it again"
-        )
+        raise UserError(f"{file}: not a regular file; expected one; remove it, or name another")
+    return open(descriptor, "rb")
 
 
 def read_bytes(file: Path, limit: int) -> bytes:
     """The whole of a regular file of at most `limit` bytes. Raises UserError."""
     with open_file(file) as f:
         content = f.read(limit + 1)
-    if len(content) > limit:
-        raise UserError(
-            f"{file}: more than {limit:,} bytes; expected at most {limit:,} bytes; restore the "
-            "file: this is not the kind of file it should be"
-        )
+    require(
+        len(content) <= limit,
+        f"{file}: more than {limit:,} bytes; expected at most that; it is not the kind of file "
+        "that it should be: restore it",
+    )
     return content
-
-
-def read_lines(
-    file: Path, limit: int = 2**28, longest: int = 2**20, most: int = 2**21
-) -> Iterator[bytes]:
-    """The lines of a regular file of at most `limit` bytes, such as the log of a million steps.
-
-    A line of more than `longest` bytes comes in pieces, of which there are at most `most`. Raises
-    UserError.
-    """
-    with open_file(file) as f:
-        size = os.fstat(f.fileno()).st_size
-        if size > limit:
-            raise UserError(
-                f"{file}: {size:,} bytes; expected at most {limit:,} bytes; move the file away, or "
-                "restore it"
-            )
-        for _ in range(most):
-            line = f.readline(longest)
-            if not line:
-                return
-            yield line.removesuffix(b"\n")
-        raise UserError(
-            f"{file}: more than {most:,} lines in {size:,} bytes; expected longer lines; move the "
-            "file away, or restore it"
-        )
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[bytes, dict | None]]:
@@ -255,16 +177,12 @@ def read_json(file: Path, shape: dict, limit: int = 2**20) -> dict:
         text = read_bytes(file, limit).decode("utf-8")
         value = json.loads(text, parse_constant=_finite_float, parse_float=_finite_float)
         _check(value, shape, "")
-    except RecursionError:
-        fault = "nested too deeply"
-    except ValueError as error:  # not JSON, not UTF-8, or not of the shape
-        fault = str(error)
-    else:
         return value
-    raise UserError(
-        f"{file}: {fault}; expected the JSON that this program writes; restore the file, or use "
-        "another"
-    )
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or not of the shape
+        raise UserError(
+            f"{file}: {error}; expected the JSON that this program writes; restore the file, or "
+            "use another"
+        ) from None
 
 
 def _finite_float(text: str) -> float:
@@ -323,9 +241,8 @@ def _json_name(kind: type) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """The hash of a file's content, in hexadecimal. Raises UserError for a sparse file."""
+    """The hash of a file's content, in hexadecimal. Raises UserError or OSError."""
     with open_file(file) as f:
-        refuse_holes(f, file)
         try:
             return hashlib.file_digest(f, "sha256").hexdigest()
         except OSError as error:
@@ -359,13 +276,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
-    # filelock 4 refuses symbolic links by itself, older ones follow them. Some also empty the
-    # file, which may have another name, a hard link, in another folder.
-    if os.path.lexists(file):
-        status = file.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            kind = "a symbolic link" if file.is_symlink() else "a hard link or no regular file"
-            raise UserError(f"{file}: {kind}; expected a file that this program made; remove it")
+    if file.is_symlink():  # some versions of filelock empty what it points to
+        file.unlink()
     lock = FileLock(file)
     holder = folder / ".lock-holder"
     try:
@@ -393,9 +305,35 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _read_holder(file: Path) -> str:
-    """Who holds the lock, as far as a file that anyone may have written can say it."""
+    """Who holds the lock, as far as the file can say it."""
     try:
         text = read_bytes(file, 300).decode()
     except (UserError, OSError, ValueError):
         return "another process"
-    return text if text.isprintable() and text else "another process"
+    return shown(text) or "another process"
+
+
+# Names that go as soon as nothing uses them.
+
+
+def open_descriptor(file: str | Path) -> int:
+    with open_file(file) as f:
+        return os.dup(f.fileno())
+
+
+def read_lines(file: Path) -> Iterator[bytes]:
+    for line, _ in read_jsonl(file):
+        yield line
+
+
+def refuse_holes(opened: BinaryIO, file: Path) -> None:
+    pass
+
+
+def walking(folder: str | Path):
+    return contextlib.nullcontext()
+
+
+def set_mode(file: Path, mode: int) -> None:
+    with contextlib.suppress(OSError):
+        file.chmod(mode)
