@@ -1,10 +1,12 @@
-"""What a run costs before it starts: parameters, FLOPs, memory, communication, time, checkpoints.
+"""What a run costs: parameters, FLOPs, memory, communication, time, checkpoints.
 
-    python train_gpt2.py --dry-run                      # this run, on this machine
-    python train_gpt2.py --dry-run --gpus 8 --gpu h100  # this run, on a machine that is not here
+    python train_gpt2.py --dry-run                        # a run on this machine, before it starts
+    python -m support.plan --gpus 8 --gpu h100            # GPT-2 124M on a machine that is not here
+    python -m support.plan --run runs/gpt2 --gpus 64      # a run that there is, on another machine
 
-Everything here is arithmetic on a GPTConfig. The tests check it against torch's own counters.
-Units: bytes, seconds, FLOPs; GB is 10^9 bytes.
+Everything here is arithmetic on sizes. A size `c` is any object with n_layer, n_head, n_embd,
+block_size and vocab_size, such as model.GPTConfig. The tests check the arithmetic against torch's
+own counters. Units: bytes, seconds, FLOPs; GB is 10^9 bytes.
 
 Letters: B sequences per micro-batch, T tokens each, W ranks, C channels, H heads, L layers,
 V vocabulary.
@@ -12,12 +14,21 @@ V vocabulary.
 
 import math
 import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from model import LOSS_ROWS, GPTConfig
-from support.runtime import PEAK_FLOPS, Runtime, peak_flops, unfused_attention_is_faster
-from support.script import UserError
+from support.files import read_json
+from support.runtime import (
+    LOGIT_ROWS,
+    PEAK_FLOPS,
+    Runtime,
+    peak_flops,
+    unfused_attention_is_faster,
+)
+from support.script import Range, check_fields, parse_flags, require, run_script, say
 
 # The part of a device's matrix throughput that training reaches. docs/scaling.md compares it with
 # published runs.
@@ -29,7 +40,7 @@ ASSUMED_MFU = 0.4
 LIBRARY_BYTES = 370_000_000
 
 
-def parameters(c: GPTConfig) -> int:
+def parameters(c) -> int:
     """The number of parameters. The head is the embedding, so it counts once."""
     embeddings = (c.vocab_size + c.block_size) * c.n_embd
     matrices = 12 * c.n_embd**2  # of a layer: 3 C² and C² in attention, 4 C² and 4 C² in the MLP
@@ -38,7 +49,7 @@ def parameters(c: GPTConfig) -> int:
     return embeddings + c.n_layer * (matrices + biases + 2 * norm) + norm
 
 
-def flops_per_token(c: GPTConfig) -> int:
+def flops_per_token(c) -> int:
     """Training FLOPs per token, forward and backward (PaLM, appendix B).
 
     A parameter of a matrix product costs 6, the head's included. Attention's two products are
@@ -52,8 +63,10 @@ def flops_per_token(c: GPTConfig) -> int:
 # ---------------------------------------------------------------------------------------- memory
 
 
-def activation_bytes(c: GPTConfig, width: int = 2, fused: bool = True) -> int:
-    """Bytes per token that the forward pass keeps for the backward pass, without dropout.
+def activation_bytes(
+    c, width: int = 2, fused: bool = True, dropout: bool = False, device: str = "cuda"
+) -> int:
+    """Bytes per token that the forward pass keeps for the backward pass.
 
     width: bytes per element of matrix products, 2 under bfloat16 autocast. fused: attention
     without its T × T matrix. torch.compile keeps less.
@@ -67,6 +80,15 @@ def activation_bytes(c: GPTConfig, width: int = 2, fused: bool = True) -> int:
     rows_of_attention = width * H * T
     attention = log_sum_exps if fused else rows_of_attention
     norms = 2 * 8  # mean and 1/std of both, in float32
+    noise_of_block = noise_of_embedding = 0
+    if dropout:
+        # What is dropped is kept as a bool on a GPU, and as a factor of 0 or 1/(1-p) on a CPU.
+        on_cpu = device == "cpu"
+        noise_of_block = 2 * C * (width if on_cpu else 1)
+        noise_of_embedding = C * (4 if on_cpu else 1)
+        if on_cpu:  # its fused attention knows no dropout
+            probabilities_noise_and_product = 3 * rows_of_attention
+            attention = probabilities_noise_and_product
     layer = (
         residual_stream
         + inputs_of_linears
@@ -74,15 +96,21 @@ def activation_bytes(c: GPTConfig, width: int = 2, fused: bool = True) -> int:
         + input_of_gelu
         + attention
         + norms
+        + noise_of_block
     )
     last_norm = 4 * C + 8
     gradient_of_loss = width * C  # which the loss computes in the forward pass
     token = 8
-    return c.n_layer * layer + last_norm + gradient_of_loss + token
+    return c.n_layer * layer + noise_of_embedding + last_norm + gradient_of_loss + token
 
 
 def memory(
-    c: GPTConfig, micro_batch: int, width: int = 2, device: str = "cuda", fused: bool = True
+    c,
+    micro_batch: int,
+    width: int = 2,
+    device: str = "cuda",
+    fused: bool = True,
+    dropout: bool = False,
 ) -> dict[str, int]:
     """Peak bytes of training on one rank, by part.
 
@@ -95,14 +123,14 @@ def memory(
     copies = 0
     if width == 2:
         copies = 2 * 12 * c.n_layer * c.n_embd**2  # which autocast makes of the linears' weights
-    rows_of_logits = min(tokens, LOSS_ROWS[device])
+    rows_of_logits = min(tokens, LOGIT_ROWS[device])
     bytes_per_logit = 10 if width == 2 else 8  # itself and what log_softmax makes of it
     logits = c.vocab_size * rows_of_logits * bytes_per_logit
     head = (width + 4) * c.vocab_size * c.n_embd  # its copy in `width`, its gradient in float32
     return {
         "weights, gradients and moments": 4 * 4 * parameters(c),  # float32, two moments
         "copies in bfloat16": copies,
-        "activations": tokens * activation_bytes(c, width, fused),
+        "activations": tokens * activation_bytes(c, width, fused, dropout, device),
         "loss": head + logits,
     }
 
@@ -110,12 +138,12 @@ def memory(
 # ---------------------------------------------------------------------------------------- time
 
 
-def step_seconds(c: GPTConfig, batch_tokens: int, world_size: int, speed: float) -> float:
+def step_seconds(c, batch_tokens: int, world_size: int, speed: float) -> float:
     """The arithmetic of one update; speed: FLOP/s that each rank sustains."""
     return batch_tokens * flops_per_token(c) / (world_size * speed)
 
 
-def all_reduce_seconds(c: GPTConfig, world_size: int, bandwidth: float) -> float:
+def all_reduce_seconds(c, world_size: int, bandwidth: float) -> float:
     """A ring all-reduce of the float32 gradients.
 
     Each rank sends 2 (W - 1) / W of them over the slowest link. bandwidth: of that link, in
@@ -124,7 +152,7 @@ def all_reduce_seconds(c: GPTConfig, world_size: int, bandwidth: float) -> float
     return 2 * (world_size - 1) / world_size * 4 * parameters(c) / bandwidth
 
 
-def checkpoint_bytes(c: GPTConfig) -> int:
+def checkpoint_bytes(c) -> int:
     """Weights and AdamW's two moments, float32."""
     return 3 * 4 * parameters(c)
 
@@ -158,7 +186,9 @@ def matmul_speed(rt: Runtime, seconds: float = 0.5) -> float:
 # ---------------------------------------------------------------------------------------- one run
 
 
-def plan(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int) -> list[str]:
+def plan(
+    c, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int, dropout: bool = False
+) -> list[str]:
     """The run in a few lines, before it starts: model, training, one step, memory."""
     tokens = steps * batch_tokens
     sequences = batch_tokens // (c.block_size * rt.world_size)  # of one rank in one step
@@ -173,27 +203,26 @@ def plan(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int, micro_batch: 
         f"each step      {count(micro_steps, 'micro-batch', 'micro-batches')} of {micro_batch} × "
         f"{c.block_size} tokens on {'each of ' * (rt.world_size > 1)}"
         f"{count(rt.world_size, 'rank', 'ranks')}",
-        memory_line(c, rt, micro_batch),
+        memory_line(c, rt, micro_batch, dropout),
     ]
 
 
-def memory_line(c: GPTConfig, rt: Runtime, micro_batch: int) -> str:
+def memory_line(c, rt: Runtime, micro_batch: int, dropout: bool) -> str:
     """What each rank needs, its parts, and what comes on top."""
     width = rt.dtype.itemsize
     fused = not unfused_attention_is_faster(rt.device, rt.dtype, c.block_size)
-    parts = memory(c, micro_batch, width, rt.device.type, fused)
-    total = sum(parts.values())
+    parts = memory(c, micro_batch, width, rt.device.type, fused, dropout)
     if rt.device.type == "cpu":
-        total += LIBRARY_BYTES
         parts["Python and torch themselves"] = LIBRARY_BYTES
     words = [f"{name} {amount(size)}" for name, size in parts.items() if size]
-    line = f"memory         about {amount(total)} on each rank: {', '.join(words)}"
+    total = amount(sum(parts.values()))
+    line = f"memory         about {total} on each rank: {', '.join(words)}"
     if rt.device.type == "cuda":
         line += "; CUDA's own context and the allocator's slack come on top"
     return line
 
 
-def plan_time(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int) -> list[str]:
+def plan_time(c, rt: Runtime, steps: int, batch_tokens: int) -> list[str]:
     """How long the run would take here, and the size of its checkpoints.
 
     The device's speed is its datasheet's peak, or that of matrix products timed now.
@@ -202,40 +231,14 @@ def plan_time(c: GPTConfig, rt: Runtime, steps: int, batch_tokens: int) -> list[
     if peak:
         return time_lines(c, rt.world_size, steps, batch_tokens, peak, "in its datasheet")
     speed = matmul_speed(rt)
-    source = "of matrix products timed here"
+    source = "of matrix products timed here; other work on the same cores takes its share"
+    if rt.device.type != "cpu":
+        source = "of matrix products timed here"
     return time_lines(c, rt.world_size, steps, batch_tokens, speed, source)
 
 
-def plan_for(
-    c: GPTConfig, gpus: int, gpu: str, steps: int, batch_tokens: int, micro_batch: int
-) -> list[str]:
-    """The lines of `plan` and `plan_time` for a machine that need not be here.
-
-    gpus: how many cards. gpu: a name in runtime.PEAK_FLOPS, in capitals or not. Raises UserError
-    if there is no figure for that card, or if the batch cannot be divided among so many.
-    """
-    peaks = {name.lower(): flops for name, flops in PEAK_FLOPS.items()}
-    if gpu.lower() not in peaks:
-        raise UserError(
-            f"{gpu!r}: no datasheet figure is known for a GPU of that name; expected one of "
-            f"{', '.join(sorted(peaks))}; name the one whose speed is nearest"
-        )
-    sequences = batch_tokens // c.block_size
-    if gpus < 1 or sequences % gpus:
-        raise UserError(
-            f"{sequences} sequences a step cannot be divided among {gpus} GPUs; expected a number "
-            f"of GPUs that divides {sequences}; change the number of GPUs or the tokens in a batch"
-        )
-    rt = Runtime(0, gpus, device=torch.device("cuda"), dtype=torch.bfloat16)
-    peak = peaks[gpu.lower()]
-    return [
-        *plan(c, rt, steps, batch_tokens, micro_batch),
-        *time_lines(c, gpus, steps, batch_tokens, peak, f"in the datasheet of {gpu.upper()}"),
-    ]
-
-
 def time_lines(
-    c: GPTConfig, world_size: int, steps: int, batch_tokens: int, flops: float, source: str
+    c, world_size: int, steps: int, batch_tokens: int, flops: float, source: str
 ) -> list[str]:
     """Duration and checkpoints. flops: each rank's peak in FLOP/s. source: where that is from."""
     seconds = steps * step_seconds(c, batch_tokens, world_size, ASSUMED_MFU * flops)
@@ -265,3 +268,94 @@ def duration(seconds: float) -> str:
             unit, length = longer_unit, longer
     value = seconds / length
     return f"{value:.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
+
+
+# ---------------------------------------------------------------------------------------- script
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A run, and the GPUs that it is planned for. It is a size `c` as well."""
+
+    run: str = ""  # run directory to take the sizes, steps and batch from; other flags override them
+    gpus: Annotated[int, Range(1, 2**20)] = 8  # number of GPUs
+    gpu: str = "H100"  # kind of these GPUs
+    n_layer: Annotated[int, Range(1, 400)] = 12  # transformer blocks
+    n_head: Annotated[int, Range(1, 2**12)] = 12  # attention heads
+    n_embd: Annotated[int, Range(1, 2**16)] = 768  # channels
+    seq_len: Annotated[int, Range(1, 2**20)] = 1024  # tokens per sequence
+    vocab_size: Annotated[int, Range(1, 2**20)] = 50_257  # tokens of the encoding
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # matters for memory
+    max_steps: Annotated[int, Range(1, 10**9)] = 19_073  # updates in all
+    total_batch_tokens: Annotated[int, Range(1, 2**28)] = 524_288  # tokens per update, of all GPUs
+    micro_batch: Annotated[int, Range(1)] = 16  # sequences at once on each GPU
+
+    @property
+    def block_size(self) -> int:
+        return self.seq_len
+
+
+ENCODINGS = {"gpt2": 50_257, "bytes": 257}
+
+# What train.json says of a run that matters here.
+FROM_RUN = {
+    "n_layer": int,
+    "n_head": int,
+    "n_embd": int,
+    "seq_len": int,
+    "dropout": float,
+    "max_steps": int,
+    "total_batch_tokens": int,
+    "micro_batch": int,
+}
+
+
+def values_of_run(folder: str) -> dict:
+    """What a run's train.json says, as values of a PlanConfig."""
+    saved = read_json(Path(folder, "train.json"), FROM_RUN | {"tokenizer": str})
+    encoding = saved["tokenizer"]
+    require(
+        encoding in ENCODINGS,
+        f"{folder}/train.json: tokenizer {encoding!r}; expected one of {', '.join(ENCODINGS)}; "
+        "give the sizes as flags",
+    )
+    return {name: saved[name] for name in FROM_RUN} | {"vocab_size": ENCODINGS[encoding]}
+
+
+def plan_elsewhere(config: PlanConfig) -> list[str]:
+    """The plan of a run on a machine that need not be here, in bfloat16."""
+    peaks = {name.lower(): flops for name, flops in PEAK_FLOPS.items()}
+    require(
+        config.gpu.lower() in peaks,
+        f"--gpu {config.gpu}: no datasheet figure is known for a GPU of that name; expected one of "
+        f"{', '.join(sorted(peaks))}; name the one whose speed is nearest",
+    )
+    sequences = config.total_batch_tokens // config.seq_len
+    require(
+        sequences > 0 and sequences % config.gpus == 0,
+        f"--gpus {config.gpus}; expected a number that divides the {sequences} sequences of a step "
+        f"(--total-batch-tokens {config.total_batch_tokens} / --seq-len {config.seq_len}); change "
+        "one of the three",
+    )
+    device = torch.device("cuda")
+    rt = Runtime(world_size=config.gpus, device=device, dtype=torch.bfloat16)
+    steps, batch_tokens = config.max_steps, config.total_batch_tokens
+    peak = peaks[config.gpu.lower()]
+    source = f"in the datasheet of {config.gpu.upper()}"
+    return [
+        *plan(config, rt, steps, batch_tokens, config.micro_batch, config.dropout > 0),
+        *time_lines(config, config.gpus, steps, batch_tokens, peak, source),
+    ]
+
+
+def main(args: list[str] | None = None) -> None:
+    config = parse_flags(PlanConfig, PlanConfig(), __doc__, args)
+    if config.run:
+        of_run = replace(PlanConfig(), **values_of_run(config.run))
+        config = parse_flags(PlanConfig, of_run, __doc__, args)
+    check_fields(config)
+    say(*plan_elsewhere(config))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,45 +1,87 @@
-"""Loss and HellaSwag curves of one or several runs, from their log.jsonl.
+"""Curves of one or several runs, from their log.jsonl.
 
-    python support/plot.py runs/gpt2 runs/gpt2-2 --out curves.png
-    python support/plot.py runs/* --table            # final losses as a Markdown table, no picture
+    python -m support.plot runs/gpt2                         # losses, and HellaSwag where scored
+    python -m support.plot runs/* --out sweep.png            # several runs in one picture
+    python -m support.plot runs/* --y grad_norm --x seconds  # any number in the log
+    python -m support.plot runs/* --table                    # final losses as a Markdown table
 
-A folder that is not a run stands for the runs below it. Runs whose configurations differ only in
-their seed are drawn as one curve, their mean, in a band from the lowest of them to the highest.
+A folder that is not a run stands for the runs below it. Finished runs that differ in their seed
+alone are drawn as one curve, their mean, in a band from the lowest of them to the highest. The
+legend says what differs between the others. An unfinished run stands alone, and the legend says
+how far it came. A forked run has a mark where it left its trunk; if the trunk is drawn too, the
+branch begins there.
 """
 
 import io
-import itertools
 import json
 import os
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-from unittest import mock
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from fineweb import FINEWEB_EDU_FOLDER
 from support import script
-from support.files import read_json, read_lines, same_folder, walking, write_file
-from support.script import UserError, parse_flags, run_script
+from support.files import read_json, read_jsonl, same_folder, write_file
+from support.script import UserError, parse_flags, require, run_script, shown
 
 # OpenAI's GPT-2 by number of layers. HellaSwag is acc_norm in percent, completion style, from
 # build-nanogpt (124M and XL) and llm.c (the two between). The loss is that of the 124M model on
 # FineWeb-Edu's validation shard, from build-nanogpt.
 OPENAI_HELLASWAG = {12: 29.55, 24: 37.52, 36: 43.20, 48: 48.93}
-OPENAI_FINEWEB_EDU_LOSS = {12: 3.2924}
+OPENAI_LOSS = {12: 3.2924}
+FINEWEB_EDU = "edu_fineweb10B"  # the name of the folder that fineweb.py makes
 
-# The events of log.jsonl that are drawn, and the value that is drawn of each.
-VALUE_OF_EVENT = {"train": "loss", "eval": "val_loss", "hellaswag": "acc_norm"}
+# The events of log.jsonl that are drawn, the value that is drawn of each, and its unit.
+VALUE_OF_EVENT = {"train": ("loss", 1), "eval": ("val_loss", 1), "hellaswag": ("acc_norm", 100)}
 
-# Two runs are seeds of one configuration if their train.json differ in these entries alone.
-NOT_CONFIGURATION = {"seed", "out", "resume", "config", "started"}
+# What the horizontal axis shows: the key of the log's entries, and the axis' label.
+AXES = {
+    "tokens": ("tokens", "training tokens"),
+    "steps": ("step", "steps"),
+    "seconds": ("elapsed", "seconds of training"),
+}
 
+# Values of which a run that has diverged has too much. It must not set the scale for the others.
+GROWS_IN_DIVERGENCE = {"loss", "val_loss", "bits_per_byte", "grad_norm"}
+
+# Entries of train.json that change nothing in what is learned, or no more than a seed does.
+NOT_LEARNED = {
+    "seed",
+    "out",
+    "resume",
+    "config",
+    "fork",
+    "forked_from",
+    "device",
+    "compile",
+    "micro_batch",
+    "wandb",
+    "tensorboard",
+    "eval_every",
+    "hellaswag_every",
+    "sample_every",
+    "save_every",
+    "keep",
+    "keep_best",
+    "eval_only",
+    "dry_run",
+}
+
+KINDS = ("png", "svg", "pdf")  # of pictures
 MOST_POINTS = 200  # of a training curve; each is the mean of as many steps as that takes
+SMOOTHED, LEAST_POINTS = 5, 20  # a point is the mean of 5 steps at least, if that leaves 20 points
 UNSETTLED = 0.1  # part of a training curve, from its start, that falls steeply from ln V
-LONGEST_NAME = 40  # characters of a run's name in a legend
+MOST_TRAINING_CURVES = 6  # with more groups only validation is drawn, where there is any
+MOST_LABELS = 30  # of groups in a legend
+LONGEST_NAME = 30  # characters of a run's name in a legend
+LONGEST_LABEL = 88  # characters of an entry of a legend
+LINE_STYLES = ("-", "--", ":", "-.")
+
+_matplotlib = threading.Lock()  # its settings are global
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -47,23 +89,53 @@ LONGEST_NAME = 40  # characters of a run's name in a legend
 
 @dataclass(frozen=True)
 class Curve:
-    """A value against training tokens, both float64 (n,), n >= 1."""
+    """A value against what the horizontal axis shows, with what it is the mean of; all (n,)."""
 
-    tokens: np.ndarray
-    values: np.ndarray
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    steps: int = 1  # that each point is the mean of
 
-    @property
-    def last(self) -> float:
-        return float(self.values[-1])
+    def part(self, kept: np.ndarray) -> "Curve":
+        """The points where `kept` is true."""
+        x, mean, low, high = (a[kept] for a in (self.x, self.mean, self.low, self.high))
+        return replace(self, x=x, mean=mean, low=low, high=high)
+
+    def beginning_at(self, x: float, value: float) -> "Curve":
+        """The curve with a point before its first one."""
+        mean, low, high = (np.append(value, a) for a in (self.mean, self.low, self.high))
+        return replace(self, x=np.append(x, self.x), mean=mean, low=low, high=high)
 
 
 @dataclass(frozen=True)
 class Run:
     """What a run directory says of its run."""
 
-    name: str
-    config: dict[str, Any]  # train.json; empty if it cannot be read
-    curves: dict[str, Curve]  # by event: "train", "eval", "hellaswag"
+    folder: Path
+    config: dict[str, Any]  # the single values of train.json; empty if it cannot be read
+    curves: dict[str, Curve]  # by event
+    clock: np.ndarray  # (2, n): steps, and where the horizontal axis has them
+    numbers: set[str]  # the names of all numbers in the log, if one is looked for
+    best: tuple[int, float] | None = None  # step and validation loss of the best checkpoint
+    is_branch: bool = False  # its curves begin at its fork, because the trunk is drawn too
+
+    @property
+    def name(self) -> str:
+        return shown(self.folder.name or str(self.folder), LONGEST_NAME)
+
+    @property
+    def last_step(self) -> int:
+        return int(self.clock[0, -1]) if self.clock.size else 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has made all of its steps. Without train.json that cannot be known."""
+        return self.last_step >= self.config.get("max_steps", 0)
+
+    def x(self, step: float) -> float:
+        """Where the horizontal axis has a step."""
+        return float(np.interp(step, *self.clock))
 
 
 def find_runs(folders: list[Path], say: Callable[[str], None] = script.say) -> list[Path]:
@@ -78,86 +150,110 @@ def find_runs(folders: list[Path], say: Callable[[str], None] = script.say) -> l
         if not found and folder.is_dir():
             say(f"{folder}: no log.jsonl in it or below it, passed over")
         runs += [run for run in found if run not in runs]
-    if not runs:
-        raise UserError(
-            f"{', '.join(map(str, folders)) or 'no folder'}: no log.jsonl in it or below it; "
-            "expected run directories, or folders of them; for example runs/first-run"
-        )
+    named = ", ".join(map(str, folders)) or "no folder"
+    require(
+        bool(runs),
+        f"{named}: no log.jsonl in it or below it; expected run directories, or folders of them; "
+        "for example runs/first-run",
+    )
     return runs
 
 
 def runs_below(folder: Path) -> list[Path]:
     """The run directories in a folder, itself included, in order of their names."""
     found = []
-    with walking(folder):
-        for parent, below, files in os.walk(folder):
-            below.sort()
-            if "log.jsonl" in files:
-                found.append(Path(parent))
-                below.clear()  # what a run directory holds are no further runs
+    for parent, below, files in os.walk(folder):
+        below.sort()
+        if "log.jsonl" in files:
+            found.append(Path(parent))
+            below.clear()  # what a run directory holds are no further runs
     return found
 
 
-def read_run(folder: Path, say: Callable[[str], None] = script.say) -> Run:
-    """Read train.json and log.jsonl. What is damaged in them is passed over with one line each."""
-    return Run(folder.name or str(folder), read_config(folder, say), read_log(folder, say))
+def read_run(
+    folder: Path, x: str = "tokens", y: str = "", say: Callable[[str], None] = script.say
+) -> Run:
+    """Read a run directory. What is damaged in it is passed over, with one line for each file.
+
+    x: a key of AXES. y: the number that is read of each event that has it; empty: those of
+    VALUE_OF_EVENT.
+    """
+    curves, clock, numbers = read_log(folder, x, y, say)
+    best = read_or_pass_over(folder / "best.json", {"step": int, "val_loss": float}, say)
+    return Run(
+        folder=folder,
+        config=read_config(folder, say),
+        curves=curves,
+        clock=clock,
+        numbers=numbers,
+        best=(best["step"], best["val_loss"]) if best else None,
+    )
 
 
 def read_config(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """train.json, or {} where there is none that can be read."""
-    file = folder / "train.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = read_json(file, {})
-    except UserError:
-        say(f"{file}: not a configuration, passed over")
-        return {}
-    # All that a run is compared by are single values, and the code that it was trained by: runs of
-    # edited code are no seeds of each other.
+    """The single values of train.json, by which runs are compared; {} where it cannot be read.
+
+    They are joined by the code that the run was trained by, since runs of edited code are no seeds
+    of each other, and by the run and the step that it was forked from.
+    """
+    shape = {"max_steps?": int, "started?": {"code?": str}}
+    config = read_or_pass_over(folder / "train.json", shape, say)
     values = {key: value for key, value in config.items() if not isinstance(value, (dict, list))}
-    started = config.get("started")
-    if isinstance(started, dict):
-        values["code"] = str(started.get("code"))
+    if config.get("started"):
+        values["code"] = str(config["started"].get("code"))[:7]
+    origin = config.get("origin")
+    if isinstance(origin, dict) and type(origin.get("step")) is int:
+        values["forked_from"] = str(origin.get("run"))
+        values["forked_at"] = origin["step"]
     return values
 
 
-def read_log(folder: Path, say: Callable[[str], None]) -> dict[str, Curve]:
-    """The curves in log.jsonl, by event. Lines that are torn or foreign are counted and said."""
-    file = folder / "log.jsonl"
+def read_or_pass_over(file: Path, shape: dict, say: Callable[[str], None]) -> dict[str, Any]:
+    """A JSON file, or {} where there is none or it is damaged."""
     if not file.is_file():
-        raise UserError(f"{file}: not there; expected a run directory; name one below runs/")
-    points: dict[str, list[tuple[float, float]]] = {event: [] for event in VALUE_OF_EVENT}
+        return {}
+    try:
+        return read_json(file, shape)
+    except UserError:
+        say(f"{file}: damaged, passed over")
+        return {}
+
+
+def read_log(
+    folder: Path, x: str, y: str, say: Callable[[str], None]
+) -> tuple[dict[str, Curve], np.ndarray, set[str]]:
+    """The curves in log.jsonl by event, the clock of a Run, and the names of the log's numbers."""
+    file = folder / "log.jsonl"
+    require(file.is_file(), f"{file}: not there; expected a run directory; name one below runs/")
+    points: dict[str, dict[int, float]] = {}  # by event, the value at each step
+    place_of_step = {}
+    numbers = set()
     passed_over = 0
-    for line in read_lines(file):
-        entry = parse_json(line)
-        if not isinstance(entry, dict) or not isinstance(entry.get("event"), str):
+    for _, entry in read_jsonl(file):
+        if entry is None or type(entry.get("step")) is not int:
             passed_over += 1
             continue
-        event = entry["event"]
-        if event not in VALUE_OF_EVENT:
-            continue  # samples and saves are not drawn
-        tokens, value = entry.get("tokens"), entry.get(VALUE_OF_EVENT[event])
-        if is_number(entry.get("step")) and is_number(tokens) and is_number(value):
-            points[event].append((tokens, value))
-        else:
+        step, event, place = entry["step"], str(entry.get("event")), entry.get(AXES[x][0])
+        if is_number(place):
+            place_of_step[step] = place
+        key, unit = (y, 1) if y else VALUE_OF_EVENT.get(event, ("", 1))
+        value = entry.get(key)
+        if is_number(value):
+            points.setdefault(event, {})[step] = unit * value
+        elif key and not y:
             passed_over += 1
+        if y:
+            numbers |= {name for name, value in entry.items() if is_number(value)}
     if passed_over:
         say(f"{file}: {passed_over} of its lines are no entries of a log, passed over")
+    clock = np.array(sorted(place_of_step.items()), dtype=np.float64).reshape(-1, 2).T
     curves = {}
-    for event, pairs in points.items():
-        if pairs:
-            tokens, values = np.array(sorted(pairs), dtype=np.float64).T
-            curves[event] = Curve(tokens, values)
-    return curves
-
-
-def parse_json(text: bytes) -> Any:
-    """The value that the text stands for, or None if it is not JSON."""
-    try:
-        return json.loads(text.decode())
-    except (ValueError, RecursionError):  # the latter from brackets nested thousands deep
-        return None
+    for event, value_of_step in points.items():
+        steps, values = np.array(sorted(value_of_step.items()), dtype=np.float64).T
+        if clock.size:
+            curve = Curve(np.interp(steps, *clock), values, values, values)
+            curves[event] = thinned(curve) if event == "train" else curve
+    return curves, clock, numbers
 
 
 def is_number(value: Any) -> bool:
@@ -165,336 +261,448 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -1e30 < value < 1e30
 
 
-# ---------------------------------------------------------------------------------------- arranging
+def thinned(curve: Curve) -> Curve:
+    """At most MOST_POINTS points, each the mean of as many steps."""
+    length = len(curve.mean)
+    n = max(-(-length // MOST_POINTS), min(SMOOTHED, length // LEAST_POINTS), 1)
+    starts = np.arange(0, length, n)
+    sizes = np.diff([*starts, length])
+    return Curve(
+        x=curve.x[starts + sizes - 1],
+        mean=np.add.reduceat(curve.mean, starts) / sizes,
+        low=np.minimum.reduceat(curve.mean, starts),
+        high=np.maximum.reduceat(curve.mean, starts),
+        steps=n,
+    )
 
 
-def group_by_configuration(runs: list[Run]) -> list[list[Run]]:
-    """Runs that differ in their seed alone, together. A run without train.json stands alone."""
-    groups: dict[str, list[Run]] = {}
-    for number, run in enumerate(runs):
-        key = str(number)
-        if run.config:
-            entries = {k: v for k, v in run.config.items() if k not in NOT_CONFIGURATION}
-            key = json.dumps(entries, sort_keys=True)
-        groups.setdefault(key, []).append(run)
-    return list(groups.values())
+# --------------------------------------------------------------------------------------- arranging
 
 
 @dataclass(frozen=True)
-class Band:
-    """A curve with what it is the mean of: everything lies between `low` and `high`."""
+class Group:
+    """Runs that are drawn as one curve."""
 
-    tokens: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    runs: list[Run]
+    differs: str = ""  # what its configuration has that others drawn beside it do not have
+
+    @property
+    def name(self) -> str:
+        """The first run's name, and how many runs there are."""
+        name = self.runs[0].name
+        return name if len(self.runs) == 1 else f"{name}, mean of {len(self.runs)} runs"
+
+    @property
+    def how_far(self) -> str:
+        """How far an unfinished run came."""
+        run = self.runs[0]
+        if run.is_finished:
+            return ""
+        return f" at step {run.last_step:,} of {run.config['max_steps']:,}"
+
+    @property
+    def forked_at(self) -> int | None:
+        return self.runs[0].config.get("forked_at")
+
+    def curve(self, event: str) -> Curve | None:
+        """The runs' mean of an event; None where none of them has it."""
+        curves = [run.curves[event] for run in self.runs if event in run.curves]
+        return mean_curve(curves) if curves else None
 
 
-def thinned(curve: Curve) -> tuple[Band, int]:
-    """At most MOST_POINTS points, each the mean of as many steps; and how many steps that is."""
-    n = -(-len(curve.values) // MOST_POINTS)
-    starts = np.arange(0, len(curve.values), n)
-    sizes = np.diff([*starts, len(curve.values)])
-    band = Band(
-        tokens=curve.tokens[starts + sizes - 1],
-        mean=np.add.reduceat(curve.values, starts) / sizes,
-        low=np.minimum.reduceat(curve.values, starts),
-        high=np.maximum.reduceat(curve.values, starts),
-    )
-    return band, n
-
-
-def band_of_seeds(curves: list[Curve]) -> Band:
+def mean_curve(curves: list[Curve]) -> Curve:
     """The mean of several runs' curves, as far as the shortest goes."""
-    end = min(curve.tokens[-1] for curve in curves)
-    tokens = curves[0].tokens[curves[0].tokens <= end]
-    if len(tokens) == 0:
-        tokens = np.array([end])
-    values = np.stack([np.interp(tokens, curve.tokens, curve.values) for curve in curves])
-    return Band(tokens, values.mean(0), values.min(0), values.max(0))
+    if len(curves) == 1:
+        return curves[0]
+    end = min(curve.x[-1] for curve in curves)
+    x = curves[0].x[curves[0].x <= end]
+    if len(x) == 0:
+        x = np.array([end])
+    values = np.stack([np.interp(x, curve.x, curve.mean) for curve in curves])
+    return Curve(x, values.mean(0), values.min(0), values.max(0), curves[0].steps)
 
 
-def training_band(group: list[Run]) -> tuple[Band, str]:
-    """The training loss of a group of runs, and what it is the mean of, in words."""
-    bands, steps = zip(*(thinned(run.curves["train"]) for run in group), strict=True)
-    words = f", mean of {max(steps)} steps" if max(steps) > 1 else ""
-    if len(group) == 1:
-        return bands[0], words
-    return band_of_seeds([Curve(band.tokens, band.mean) for band in bands]), words
+def arrange(runs: list[Run]) -> list[Group]:
+    """Finished runs that differ in no more than their seed are put together."""
+    runs = [from_fork_on(run, runs) for run in runs]
+    groups: dict[str, list[Run]] = {}
+    for number, run in enumerate(runs):
+        key = str(number)
+        if run.config and run.is_finished:
+            key = json.dumps(learned(run), sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    differences = what_differs([group[0] for group in groups.values()])
+    return [Group(*both) for both in zip(groups.values(), differences, strict=True)]
 
 
-def runs_with(group: list[Run], event: str) -> list[Run]:
-    return [run for run in group if event in run.curves]
+def learned(run: Run) -> dict[str, Any]:
+    """The entries of a run's configuration that decide what it learns, its seed aside."""
+    return {key: value for key, value in run.config.items() if key not in NOT_LEARNED}
 
 
-def is_fineweb_edu(config: dict[str, Any]) -> bool:
-    """Whether the run was trained on FineWeb-Edu where fineweb.py puts it, by whatever path."""
-    data = config.get("data")
-    try:
-        return isinstance(data, str) and same_folder(data, FINEWEB_EDU_FOLDER)
-    except ValueError:  # no path, as with a zero byte
-        return False
+def what_differs(runs: list[Run]) -> list[str]:
+    """For each run the values of its configuration that not all of the others share, in words."""
+    configs = [learned(run) for run in runs]
+    names = dict.fromkeys(name for config in configs for name in config)  # in their order
+    differing = []
+    for name in names:
+        values = {json.dumps(config.get(name)) for config in configs if config}
+        if len(values) > 1:
+            differing.append(name)
+    words = []
+    for config in configs:
+        entries = [name for name in differing if config.get(name) is not None]
+        words.append(
+            ", ".join(f"{shown(name, 30)} {shown(str(config[name]), 30)}" for name in entries)
+        )
+    return words
 
 
-def unit_of_loss(runs: list[Run]) -> str:
-    """Losses of byte models are nats per byte, which other models' are not comparable with."""
-    if all(run.config.get("tokenizer") == "bytes" for run in runs):
-        return "nats per byte"
-    return "nats per token"
+def from_fork_on(run: Run, drawn: list[Run]) -> Run:
+    """The run without what it has in common with its trunk, if that is drawn too.
+
+    Its curves begin on the trunk's.
+    """
+    trunk = next((other for other in drawn if is_trunk(other, run)), None)
+    if trunk is None:
+        return run
+    fork = run.x(run.config["forked_at"])
+    curves = {}
+    for event, curve in run.curves.items():
+        curve = curve.part(curve.x > fork)
+        common = trunk.curves.get(event)
+        if common is not None:
+            curve = curve.beginning_at(fork, np.interp(fork, common.x, common.mean))
+        if len(curve.x):
+            curves[event] = curve
+    return replace(run, curves=curves, is_branch=True)
+
+
+def is_trunk(other: Run, branch: Run) -> bool:
+    """Whether a run is the one that the branch says it comes from, be it that both were moved."""
+    trunk = Path(branch.config.get("forked_from", ""))
+    places = (trunk, branch.folder.parent / trunk.name) if trunk.name else ()
+    return any(same_folder(other.folder, place) for place in places)
+
+
+def depths_on_fineweb_edu(groups: list[Group]) -> list[int]:
+    """The numbers of layers for which OpenAI's model is a fair reference."""
+    depths = set()
+    for group in groups:
+        config = group.runs[0].config
+        if Path(str(config.get("data"))).name == FINEWEB_EDU:
+            depths.add(config.get("n_layer"))
+    return sorted(depth for depth in depths if type(depth) is int)
 
 
 # ---------------------------------------------------------------------------------------- drawing
 
 
-def draw_curves(folders: list[Path], file: Path, say: Callable[[str], None] = script.say) -> None:
-    """Draw training and validation loss against tokens, and HellaSwag beside them if it was scored.
+def draw_curves(
+    folders: list[Path],
+    file: Path,
+    say: Callable[[str], None] = script.say,
+    x: Literal["tokens", "steps", "seconds"] = "tokens",
+    y: str = "",
+) -> None:
+    """Draw training and validation loss, and HellaSwag beside them if it was scored.
 
     folders: run directories. file: the picture, of the kind that its suffix names. It is replaced
-    whole, so that nobody sees half of it.
+    whole, so that nobody sees half of it. y: a number in the log that is drawn instead.
     """
-    groups = group_by_configuration([read_run(folder, say) for folder in folders])
-    matplotlib = import_matplotlib()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's settings must not decide whether a picture succeeds
-        figure = make_figure(groups)
-        # For pgf a TeX would be started, which executes what it finds in a run's name.
-        kinds = figure.canvas.get_supported_filetypes().keys() - {"pgf"}
-        kind = file.suffix.removeprefix(".").lower()
-        if kind not in kinds:
-            raise UserError(
-                f"{file}: its suffix names no kind of picture; expected one of "
-                f"{', '.join(sorted(kinds))}; for example curves.png"
-            )
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind)
+    kind = file.suffix.removeprefix(".").lower()
+    require(
+        kind in KINDS,
+        f"{file}: its suffix names no kind of picture; expected one of {', '.join(KINDS)}; for "
+        "example curves.png",
+    )
+    runs = [read_run(folder, x, y, say) for folder in folders]
+    if y and not any(run.curves for run in runs):
+        numbers = sorted(set().union(*(run.numbers for run in runs)))
+        raise UserError(
+            f"--y {y}: no log has a number of that name; expected one of "
+            f"{', '.join(map(shown, numbers))}; choose one of them"
+        )
+    picture = io.BytesIO()
+    with _matplotlib:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # the user's settings must not decide whether it succeeds
+            make_figure(arrange(runs), x, y).savefig(picture, format=kind)
     write_file(file, picture.getvalue())
 
 
-def import_matplotlib():
-    """matplotlib, imported without the settings of the working directory and the environment.
-
-    On import matplotlib reads a file `matplotlibrc` in the working directory and the variable
-    MPLBACKEND, and fails if they are broken. The file may have come with somebody else's runs; the
-    variable is often left over from a notebook. To leave the working directory instead would move
-    the threads that read training data too.
-    """
-    exists = os.path.exists
-
-    def exists_elsewhere(path) -> bool:
-        return path != "matplotlibrc" and exists(path)
-
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        with mock.patch("os.path.exists", exists_elsewhere):
-            import matplotlib
-            import matplotlib.figure
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    return matplotlib
-
-
-def make_figure(groups: list[list[Run]]):
-    """The figure: a panel of losses, and one of HellaSwag scores if there are any."""
+def make_figure(groups: list[Group], x: str, y: str):
+    """The figure: a panel of losses and one of HellaSwag scores, or one of `y`."""
     from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
-    runs = list(itertools.chain.from_iterable(groups))
-    panels = 2 if runs_with(runs, "hellaswag") else 1
-    width, height = 6 * panels, 4  # inches
-    figure = Figure(figsize=(width, height), dpi=200)
+    events = dict.fromkeys(event for group in groups for event in group.runs[0].curves)
+    has_scores = "hellaswag" in events and not y
+    figure = Figure(dpi=200)
+    axes = figure.subplots(1, 2 if has_scores else 1, squeeze=False)[0]
+    panels = [Panel(axis, groups, AXES[x][1]) for axis in axes]
+    if y:
+        panels[0].draw_number(y, list(events))
+    else:
+        panels[0].draw_losses()
+    if has_scores:
+        panels[1].draw_scores()
+    arrange_figure(figure, panels)
+    return figure
+
+
+def arrange_figure(figure, panels: list["Panel"]) -> None:
+    """Sizes in inches, and legends: in its panel for one group, else one below the panels."""
+    legend = [] if panels[0].is_single else legend_of_groups(panels)
+    rows = -(-len(legend) // len(panels))
+    width, below = 6 * len(panels), 0.62 + 0.17 * rows
+    height = 3.38 + below
+    figure.set_size_inches(width, height)
     # Fixed margins: matplotlib's layout engines draw everything twice to find them.
     figure.subplots_adjust(
         left=0.7 / width,
         right=1 - 0.2 / width,
-        bottom=0.6 / height,
+        bottom=below / height,
         top=1 - 0.2 / height,
         wspace=0.18,
     )
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-
-    losses = Panel(axes[0])
-    draw_losses(losses, groups)
-    losses.axes.set_ylabel(f"loss ({unit_of_loss(runs)})")
-    for layers in layers_of_runs_on_fineweb_edu(runs):
-        losses.reference(OPENAI_FINEWEB_EDU_LOSS.get(layers))
-    losses.finish()
-
-    if panels == 2:
-        scores = Panel(axes[1])
-        draw_scores(scores, groups)
-        scores.axes.set_ylabel("HellaSwag acc_norm (%), completion style")
-        for layers in layers_of_runs_on_fineweb_edu(runs):
-            scores.reference(OPENAI_HELLASWAG.get(layers))
-        scores.finish()
-    return figure
+    if legend:
+        place = (0.4 / width, (below - 0.5) / height)
+        add_legend(figure, legend, ncols=len(panels), loc="upper left", bbox_to_anchor=place)
+        return
+    for panel in panels:
+        add_legend(panel.axes, [(line, label) for label, line in panel.kinds.items()], loc="best")
 
 
-def layers_of_runs_on_fineweb_edu(runs: list[Run]) -> list[int]:
-    """The depths for which OpenAI's model is a fair reference."""
-    depths = set()
-    for run in runs:
-        layers = run.config.get("n_layer")
-        if is_fineweb_edu(run.config) and type(layers) is int:
-            depths.add(layers)
-    return sorted(depths)
+def legend_of_groups(panels: list["Panel"]) -> list[tuple]:
+    """An entry for each group, with its last values, then what kinds of lines there are."""
+    groups = panels[0].groups
+    entries = []
+    for number, group in enumerate(groups[:MOST_LABELS]):
+        ends = [panel.ends[number] for panel in panels if number in panel.ends]
+        words = f" ({', '.join(ends)}{group.how_far})" if ends else ""
+        label = f"{group.name}: {group.differs}" if group.differs else group.name
+        label = shown(label, LONGEST_LABEL - len(words)) + words
+        entries.append((line_of(color_of(number), linestyle=style_of(number)), label))
+    if len(groups) > MOST_LABELS:
+        entries.append((line_of("none"), f"and {len(groups) - MOST_LABELS} more"))
+    kinds = {}
+    for panel in panels:
+        kinds |= panel.kinds
+    if len(kinds) > 1:
+        entries += [(line, label) for label, line in kinds.items()]
+    return entries
+
+
+def line_of(color: str, **style):
+    """A line that stands in a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, **style)
+
+
+def add_legend(owner, entries: list[tuple], **where) -> None:
+    """A legend of (line, label). Labels hold names, which are text and no formulas."""
+    lines, labels = zip(*entries, strict=True) if entries else ((), ())
+    numbers = [str(number) for number in range(len(labels))]
+    legend = owner.legend(lines, numbers, frameon=False, fontsize=8, **where)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
 
 
 class Panel:
-    """One pair of axes and its legend."""
+    """One pair of axes, and what a legend can say of it.
 
-    def __init__(self, axes):
+    kinds: by label, a line of each kind that is drawn. ends: by group, its last value in words.
+    """
+
+    def __init__(self, axes, groups: list[Group], label_of_x: str):
         self.axes = axes
-        self.legend = []  # (what is drawn, its label)
-        axes.set_xlabel("training tokens")
-        axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
+        self.groups = groups
+        self.is_single = len(groups) == 1
+        self.kinds: dict[str, Any] = {}
+        self.ends: dict[int, str] = {}
+        axes.set_xlabel(label_of_x + (f",{groups[0].how_far}" if self.is_single else ""))
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
 
-    def draw(self, band: Band, color: str, label: str, **style) -> None:
-        """A curve in its band; a band as narrow as its curve is not drawn."""
-        if np.any(band.high > band.low):
-            self.axes.fill_between(
-                band.tokens, band.low, band.high, color=color, alpha=0.15, linewidth=0
-            )
-        if len(band.tokens) == 1:
+    def draw_losses(self) -> None:
+        """Training loss, pale, and validation loss, strong, in one color for each group."""
+        is_bytes = [group.runs[0].config.get("tokenizer") == "bytes" for group in self.groups]
+        self.axes.set_ylabel(f"loss (nats per {'byte' if all(is_bytes) else 'token'})")
+        self.draw_events({"train": "training", "eval": "validation"}, ".3f", is_bounded=True)
+        for number, group in enumerate(self.groups):
+            run = group.runs[0]
+            if len(group.runs) == 1 and run.best:
+                step, loss = run.best
+                label = "best checkpoint"
+                if self.is_single:
+                    label += f" ({loss:.3f} at step {step:,})"
+                self.mark(number, run.x(step), loss, label, marker="*", markersize=11)
+        self.draw_references(OPENAI_LOSS)
+
+    def draw_scores(self) -> None:
+        """HellaSwag scores in percent."""
+        self.axes.set_ylabel("HellaSwag acc_norm (%), completion style")
+        self.draw_events({"hellaswag": "acc_norm"}, ".2f")
+        style = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}
+        self.kinds["chance (25)"] = self.axes.axhline(25, **style)
+        self.draw_references(OPENAI_HELLASWAG)
+
+    def draw_number(self, name: str, events: list[str]) -> None:
+        """Any number of the log, of each event that has it."""
+        self.axes.set_ylabel(shown(name, LONGEST_NAME))
+        words = {event: shown(event, LONGEST_NAME) for event in events}
+        self.draw_events(words, ".4g", is_bounded=name in GROWS_IN_DIVERGENCE)
+
+    def draw_events(self, words: dict[str, str], form: str, is_bounded: bool = False) -> None:
+        """Draw the curves of some events, of each group that has them.
+
+        words: by event, what the legend calls it. form: how its values are written.
+        """
+        top = self.limit_height(list(words)) if is_bounded else np.inf
+        for number, group in enumerate(self.groups):
+            curves = {event: group.curve(event) for event in words}
+            drawn = {event: curve for event, curve in curves.items() if curve is not None}
+            if len(self.groups) > MOST_TRAINING_CURVES and len(drawn) > 1:
+                drawn.pop("train", None)
+            for event, curve in drawn.items():
+                end = format(curve.mean[-1], form)
+                self.ends[number] = f"{words[event]} {end}"
+                label = words[event] if self.is_single or len(words) > 1 else ""
+                if self.is_single:
+                    label += f" ({end})"
+                    label += f", mean of {curve.steps} steps" if curve.steps > 1 else ""
+                self.draw(number, curve, label, event == "train", top)
+            if drawn and group.forked_at is not None:
+                x = group.runs[0].x(group.forked_at)
+                y = np.interp(x, curve.x, curve.mean)
+                style = {"marker": "D", "markersize": 6, "markerfacecolor": "white"}
+                self.mark(number, x, y, "fork", **style)
+
+    def draw(self, number: int, curve: Curve, label: str, is_training: bool, top: float) -> None:
+        """A group's curve, pale for training. A band says what it is the mean of."""
+        color, style = color_of(number), {"linestyle": style_of(number), "linewidth": 1.6}
+        if is_training:
+            style |= {"alpha": 0.55, "linewidth": 1}
+        else:
+            curve = without_start_above(curve, top)
+        if not is_training or len(curve.x) == 1:
             style["marker"] = "."
-        (line,) = self.axes.plot(band.tokens, band.mean, color=color, **style)
-        self.legend.append((line, label))
+        if self.is_single or len(self.groups[number].runs) > 1:
+            style_of_band = {"color": color, "alpha": 0.15, "linewidth": 0}
+            self.axes.fill_between(curve.x, curve.low, curve.high, **style_of_band)
+        self.axes.plot(curve.x, curve.mean, color=color, **style)
+        if label:
+            self.add_kind(label, style)
 
-    def reference(self, value: float | None) -> None:
-        """A line at the value that OpenAI's model of the same size has, if it is known."""
-        if value is not None:
-            line = self.axes.axhline(value, color="black", linewidth=0.8, linestyle="--")
-            self.legend.append((line, f"OpenAI GPT-2, same size ({value})"))
+    def mark(self, number: int, x: float, y: float, label: str, **style) -> None:
+        """A point of a group's curve that the legend explains."""
+        style |= {"linestyle": "", "zorder": 4}
+        self.axes.plot([x], [y], color=color_of(number), **style)
+        self.add_kind(label, style)
 
-    def finish(self) -> None:
-        """Add the legend. Labels hold names of folders, which are text and not formulas."""
-        if not self.legend:
-            return
-        lines, labels = zip(*self.legend, strict=True)
-        places = [str(number) for number in range(len(labels))]
-        legend = self.axes.legend(lines, places, frameon=False, fontsize=8)
-        for text, label in zip(legend.get_texts(), labels, strict=True):
-            text.set_parse_math(False)
-            text.set_text(label)
+    def add_kind(self, label: str, style: dict) -> None:
+        """Let the legend explain a kind of line, once."""
+        color = color_of(0) if self.is_single else "black"
+        if not self.is_single and style["linestyle"]:
+            style = style | {"linestyle": "-"}
+        self.kinds.setdefault(label, line_of(color, **style))
 
+    def draw_references(self, values: dict[int, float]) -> None:
+        """A line at the value of OpenAI's model of the same number of layers, where it is known."""
+        for layers in depths_on_fineweb_edu(self.groups):
+            if layers in values:
+                style = {"color": "black", "linewidth": 0.8, "linestyle": "--"}
+                line = self.axes.axhline(values[layers], **style)
+                self.kinds[f"OpenAI GPT-2, same size ({values[layers]})"] = line
 
-def draw_losses(panel: Panel, groups: list[list[Run]]) -> None:
-    """Training loss, pale, and validation loss, strong, in one color for each group."""
-    settled = []
-    for number, group in enumerate(groups):
-        trained = runs_with(group, "train")
-        if trained:
-            band, words = training_band(trained)
-            label = f"{prefix(group, groups)}training{words}"
-            panel.draw(band, color_of(number), label, alpha=0.55, linewidth=1)
-            unsettled = 0 if group[0].config.get("init_from") else int(UNSETTLED * len(band.mean))
-            settled += band.mean[unsettled:].tolist()
-    top = np.inf
-    if settled:
-        # The first steps fall from ln V. To show them whole would flatten all that comes after.
-        low, high = min(settled), max(settled)
+    def limit_height(self, events: list[str]) -> float:
+        """Limit the height to where the curves are once they have settled; returns the top.
+
+        The first steps fall from ln V. To show them whole would flatten all that comes after. Nor
+        does a group set the scale that ends above twice the lowest end: it has diverged.
+        """
+        curves = []
+        for group in self.groups:
+            of_group = [curve for event in events if (curve := group.curve(event)) is not None]
+            curves += [(group.runs[0], curve) for curve in of_group[:1]]
+        unsettled = UNSETTLED * max((curve.x[-1] for _, curve in curves), default=0)
+        settled = []
+        for run, curve in curves:
+            goes_on = run.is_branch or run.config.get("init_from")
+            values = curve.mean if goes_on else curve.mean[curve.x >= unsettled]
+            if len(values):
+                settled.append(values)
+        if not settled:
+            return np.inf
+        lowest_end = min(values[-1] for values in settled)
+        low = min(values.min() for values in settled)
+        high = max(values.max() for values in settled if values[-1] <= 2 * lowest_end)
         margin = 0.15 * (high - low) + 1e-3
-        top = high + margin
-        panel.axes.set_ylim(low - margin, top)
-    for number, group in enumerate(groups):
-        validated = runs_with(group, "eval")
-        if validated:
-            band = band_of_seeds([run.curves["eval"] for run in validated])
-            last = np.mean([run.curves["eval"].last for run in validated])
-            label = f"{prefix(group, groups)}validation ({last:.3f})"
-            band = without_start_above(band, top)
-            panel.draw(band, color_of(number), label, linewidth=1.6, marker=".")
+        self.axes.set_ylim(low - margin, high + margin)
+        return high + margin
 
 
-def without_start_above(band: Band, top: float) -> Band:
+def without_start_above(curve: Curve, top: float) -> Curve:
     """Drop the first points if they lie above the picture.
 
     The line from a point outside, at step 0, would cross all of a short run's picture.
     """
-    inside = np.flatnonzero(band.mean <= top)
+    inside = np.flatnonzero(curve.mean <= top)
     if len(inside) == 0:
-        return band
-    first = inside[0]
-    return Band(band.tokens[first:], band.mean[first:], band.low[first:], band.high[first:])
-
-
-def draw_scores(panel: Panel, groups: list[list[Run]]) -> None:
-    """HellaSwag scores in percent."""
-    for number, group in enumerate(groups):
-        scored = runs_with(group, "hellaswag")
-        if scored:
-            curves = []
-            for run in scored:
-                curve = run.curves["hellaswag"]
-                curves.append(Curve(curve.tokens, 100 * curve.values))
-            last = np.mean([curve.last for curve in curves])
-            label = f"{prefix(group, groups)}acc_norm ({last:.2f})"
-            panel.draw(band_of_seeds(curves), color_of(number), label, linewidth=1.6, marker=".")
-    chance = panel.axes.axhline(25, color="grey", linewidth=0.8, linestyle=":")
-    panel.legend.append((chance, "chance (25)"))
+        return curve
+    return curve.part(np.arange(len(curve.x)) >= inside[0])
 
 
 def color_of(number: int) -> str:
-    return f"C{number % 10}"  # matplotlib's cycle of ten colors
+    """One of matplotlib's ten colors for each group, and grey for those without a label."""
+    return f"C{number % 10}" if number < MOST_LABELS else "lightgrey"
 
 
-def prefix(group: list[Run], groups: list[list[Run]]) -> str:
-    """What tells a group's curves from the others' in a legend."""
-    if len(groups) == 1 and len(group) == 1:
-        return ""
-    return f"{title(group)}: "
-
-
-def title(group: list[Run]) -> str:
-    """The name of a group's first run, and how many runs there are."""
-    name = printable(group[0].name)
-    if len(group) == 1:
-        return name
-    return f"{name}, mean of {len(group)} runs"
-
-
-def printable(name: str) -> str:
-    """A folder's name on one line, without characters that fonts do not have."""
-    name = "".join(c if c.isprintable() else "?" for c in name)
-    if len(name) > LONGEST_NAME:
-        name = name[: LONGEST_NAME - 1] + "…"
-    return name
+def style_of(number: int) -> str:
+    """Another kind of line for each ten groups."""
+    return LINE_STYLES[number // 10 % len(LINE_STYLES)]
 
 
 def short(count: float) -> str:
     """1500000 as 1.5M: thousands, millions and billions."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(count) >= unit:
-            return f"{count / unit:g}{letter}"
-    return f"{count:g}"
+            return f"{count / unit:.4g}{letter}"
+    return f"{count:.4g}"
 
 
 # ---------------------------------------------------------------------------------------- table
 
 
-def table(groups: list[list[Run]]) -> str:
+def table(groups: list[Group]) -> str:
     """Final losses in Markdown: a row for each configuration, mean ± standard deviation."""
-    lines = [
-        "| run | runs | training tokens | training loss | validation loss | HellaSwag acc_norm |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = ["run", "differs in", "runs", "tokens", "training loss"]
+    head += ["validation loss, last", "of the best checkpoint", "HellaSwag acc_norm"]
+    rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for group in groups:
-        trained = runs_with(group, "train")
-        tokens = max((run.curves["train"].tokens[-1] for run in trained), default=0)
-        training = [thinned(run.curves["train"])[0].mean[-1] for run in trained]
-        validation = [run.curves["eval"].last for run in runs_with(group, "eval")]
-        scores = [100 * run.curves["hellaswag"].last for run in runs_with(group, "hellaswag")]
-        cells = [
-            printable(group[0].name).replace("|", "\\|"),
-            str(len(group)),
+        ends = {}
+        for event in VALUE_OF_EVENT:
+            ends[event] = [run.curves[event] for run in group.runs if event in run.curves]
+        tokens = max((curve.x[-1] for curve in ends["train"]), default=0)
+        best = [run.best for run in group.runs if run.best]
+        at = f" at step {best[0][0]:,}" if len(best) == 1 else ""
+        row = [
+            group.runs[0].name + (f", unfinished{group.how_far}" if group.how_far else ""),
+            group.differs,
+            str(len(group.runs)),
             short(tokens),
-            mean_and_deviation(training, digits=4),
-            mean_and_deviation(validation, digits=4),
-            mean_and_deviation(scores, digits=2),
+            mean_and_deviation([curve.mean[-1] for curve in ends["train"]], digits=4),
+            mean_and_deviation([curve.mean[-1] for curve in ends["eval"]], digits=4),
+            mean_and_deviation([loss for _, loss in best], digits=4) + at,
+            mean_and_deviation([curve.mean[-1] for curve in ends["hellaswag"]], digits=2),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([cell.replace("|", "\\|") for cell in row])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def mean_and_deviation(values: list[float], digits: int) -> str:
@@ -517,7 +725,11 @@ run_folders = tyro.conf.arg(metavar="RUN …", help_behavior_hint="(one or more)
 class PlotConfig:
     # run directories, or folders of them
     runs: tyro.conf.Positional[Annotated[tuple[Path, ...], run_folders]] = ()
-    out: Path = Path("curves.png")  # the picture; its suffix names its kind
+    out: Path = Path("curves.png")  # the picture: png, svg or pdf, as its suffix says
+    x: Literal["tokens", "steps", "seconds"] = "tokens"  # what the horizontal axis shows
+    # a number in the log to draw, such as lr, grad_norm, tokens_per_second or a metric of your own;
+    # empty: the losses, and HellaSwag where it was scored
+    y: str = ""
     table: bool = False  # print final losses as a Markdown table instead of drawing
 
 
@@ -525,9 +737,9 @@ def main() -> None:
     config = parse_flags(PlotConfig, PlotConfig(), __doc__)
     folders = find_runs(list(config.runs))
     if config.table:
-        print(table(group_by_configuration([read_run(folder) for folder in folders])))
+        print(table(arrange([read_run(folder) for folder in folders])))
     else:
-        draw_curves(folders, config.out)
+        draw_curves(folders, config.out, x=config.x, y=config.y)
         script.say(str(config.out))
 
 
