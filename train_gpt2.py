@@ -63,7 +63,7 @@ from support.optimizer import (
     set_learning_rate,
     state_tensors,
 )
-from support.plan import flops_per_token, parameters, plan, plan_for, plan_time
+from support.plan import flops_per_token, parameters, plan, plan_time
 from support.plot import draw_curves
 from support.ranks import GradientTree, check_tree
 from support.run_directory import RunDirectory
@@ -121,8 +121,6 @@ class TrainConfig:
     config: str = ""
     eval_only: bool = False  # measure --init-from on --data, and train nothing
     dry_run: bool = False  # print what the run would cost, and train nothing
-    gpus: int = 0  # number of GPUs that --dry-run plans for; 0: this machine
-    gpu: str = "H100"  # kind of these GPUs
 
     # The model.
 
@@ -326,8 +324,6 @@ FREE_ON_RESUME = {
     "keep",
     "eval_only",
     "dry_run",
-    "gpus",
-    "gpu",
 }
 
 
@@ -868,9 +864,8 @@ def main(args: list[str] | None = None) -> None:
         evaluate_only(config, rt)
         return
     rt.say(why)
-    if not config.gpus:  # with --gpus the plan is for another machine
-        rt.say(describe_runtime(rt, config))
-        check_batch(config, rt.world_size)
+    rt.say(describe_runtime(rt, config))
+    check_batch(config, rt.world_size)
     if config.dry_run:
         rt.say(*dry_run(config, rt))
         return
@@ -972,8 +967,6 @@ def dry_run(config: TrainConfig, rt: Runtime) -> list[str]:
         config = replace(config, tokenizer=open_data(config.data).encoding)
     shape = model_config(config)
     length_and_batch = (config.max_steps, config.total_batch_tokens)
-    if config.gpus:
-        return plan_for(shape, config.gpus, config.gpu, *length_and_batch, config.micro_batch)
     return [
         *plan(shape, rt, *length_and_batch, config.micro_batch),
         *plan_time(shape, rt, *length_and_batch),

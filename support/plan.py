@@ -4,9 +4,9 @@
     python -m support.plan --gpus 8 --gpu h100            # GPT-2 124M on a machine that is not here
     python -m support.plan --run runs/gpt2 --gpus 64      # a run that there is, on another machine
 
-Everything here is arithmetic on sizes. A size `c` is any object with n_layer, n_head, n_embd,
-block_size and vocab_size, such as model.GPTConfig. The tests check the arithmetic against torch's
-own counters. Units: bytes, seconds, FLOPs; GB is 10^9 bytes.
+Everything here is arithmetic on sizes. `c` is any object with n_layer, n_head, n_embd, block_size,
+vocab_size and dropout, such as model.GPTConfig. The tests check the arithmetic against torch's own
+counters. Units: bytes, seconds, FLOPs; GB is 10^9 bytes.
 
 Letters: B sequences per micro-batch, T tokens each, W ranks, C channels, H heads, L layers,
 V vocabulary.
@@ -63,9 +63,7 @@ def flops_per_token(c) -> int:
 # ---------------------------------------------------------------------------------------- memory
 
 
-def activation_bytes(
-    c, width: int = 2, fused: bool = True, dropout: bool = False, device: str = "cuda"
-) -> int:
+def activation_bytes(c, width: int = 2, fused: bool = True, device: str = "cuda") -> int:
     """Bytes per token that the forward pass keeps for the backward pass.
 
     width: bytes per element of matrix products, 2 under bfloat16 autocast. fused: attention
@@ -81,7 +79,7 @@ def activation_bytes(
     attention = log_sum_exps if fused else rows_of_attention
     norms = 2 * 8  # mean and 1/std of both, in float32
     noise_of_block = noise_of_embedding = 0
-    if dropout:
+    if c.dropout:
         # What is dropped is kept as a bool on a GPU, and as a factor of 0 or 1/(1-p) on a CPU.
         on_cpu = device == "cpu"
         noise_of_block = 2 * C * (width if on_cpu else 1)
@@ -105,12 +103,7 @@ def activation_bytes(
 
 
 def memory(
-    c,
-    micro_batch: int,
-    width: int = 2,
-    device: str = "cuda",
-    fused: bool = True,
-    dropout: bool = False,
+    c, micro_batch: int, width: int = 2, device: str = "cuda", fused: bool = True
 ) -> dict[str, int]:
     """Peak bytes of training on one rank, by part.
 
@@ -130,7 +123,7 @@ def memory(
     return {
         "weights, gradients and moments": 4 * 4 * parameters(c),  # float32, two moments
         "copies in bfloat16": copies,
-        "activations": tokens * activation_bytes(c, width, fused, dropout, device),
+        "activations": tokens * activation_bytes(c, width, fused, device),
         "loss": head + logits,
     }
 
@@ -186,9 +179,7 @@ def matmul_speed(rt: Runtime, seconds: float = 0.5) -> float:
 # ---------------------------------------------------------------------------------------- one run
 
 
-def plan(
-    c, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int, dropout: bool = False
-) -> list[str]:
+def plan(c, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int) -> list[str]:
     """The run in a few lines, before it starts: model, training, one step, memory."""
     tokens = steps * batch_tokens
     sequences = batch_tokens // (c.block_size * rt.world_size)  # of one rank in one step
@@ -203,15 +194,15 @@ def plan(
         f"each step      {count(micro_steps, 'micro-batch', 'micro-batches')} of {micro_batch} × "
         f"{c.block_size} tokens on {'each of ' * (rt.world_size > 1)}"
         f"{count(rt.world_size, 'rank', 'ranks')}",
-        memory_line(c, rt, micro_batch, dropout),
+        memory_line(c, rt, micro_batch),
     ]
 
 
-def memory_line(c, rt: Runtime, micro_batch: int, dropout: bool) -> str:
+def memory_line(c, rt: Runtime, micro_batch: int) -> str:
     """What each rank needs, its parts, and what comes on top."""
     width = rt.dtype.itemsize
     fused = not unfused_attention_is_faster(rt.device, rt.dtype, c.block_size)
-    parts = memory(c, micro_batch, width, rt.device.type, fused, dropout)
+    parts = memory(c, micro_batch, width, rt.device.type, fused)
     if rt.device.type == "cpu":
         parts["Python and torch themselves"] = LIBRARY_BYTES
     words = [f"{name} {amount(size)}" for name, size in parts.items() if size]
@@ -231,9 +222,7 @@ def plan_time(c, rt: Runtime, steps: int, batch_tokens: int) -> list[str]:
     if peak:
         return time_lines(c, rt.world_size, steps, batch_tokens, peak, "in its datasheet")
     speed = matmul_speed(rt)
-    source = "of matrix products timed here; other work on the same cores takes its share"
-    if rt.device.type != "cpu":
-        source = "of matrix products timed here"
+    source = "of matrix products timed here, as if no other work shared it"
     return time_lines(c, rt.world_size, steps, batch_tokens, speed, source)
 
 
@@ -277,7 +266,8 @@ def duration(seconds: float) -> str:
 class PlanConfig:
     """A run, and the GPUs that it is planned for. It is a size `c` as well."""
 
-    run: str = ""  # run directory to take the sizes, steps and batch from; other flags override them
+    # run directory to take sizes, steps and batch from; other flags override them
+    run: str = ""
     gpus: Annotated[int, Range(1, 2**20)] = 8  # number of GPUs
     gpu: str = "H100"  # kind of these GPUs
     n_layer: Annotated[int, Range(1, 400)] = 12  # transformer blocks
@@ -343,7 +333,7 @@ def plan_elsewhere(config: PlanConfig) -> list[str]:
     peak = peaks[config.gpu.lower()]
     source = f"in the datasheet of {config.gpu.upper()}"
     return [
-        *plan(config, rt, steps, batch_tokens, config.micro_batch, config.dropout > 0),
+        *plan(config, rt, steps, batch_tokens, config.micro_batch),
         *time_lines(config, config.gpus, steps, batch_tokens, peak, source),
     ]
 

@@ -3,9 +3,11 @@
 And docs/scaling.md against the code.
 """
 
+import json
 import re
 import shlex
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,6 @@ from support.plan import (
     parameters,
 )
 from support.runtime import Runtime, start
-from support.script import UserError
 from train_gpt2 import RECIPES, config_of_command_line, main
 
 DOC = (ROOT / "docs" / "scaling.md").read_text()
@@ -58,15 +59,16 @@ def kept_bytes(config: GPTConfig, B: int, rt: Runtime) -> int:
     return sum(size for address, size in sizes.items() if address not in parameter_addresses)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
     "T,dtype,width,fused",
     [(576, "bfloat16", 2, True), (128, "bfloat16", 2, False), (128, "float32", 4, True)],
 )
-def test_activations_are_what_autograd_keeps(T, dtype, width, fused):
-    config = GPTConfig(2, 4, 64, T, 300)
+def test_activations_are_what_autograd_keeps(T, dtype, width, fused, dropout):
+    config = GPTConfig(2, 4, 64, T, 300, dropout)
     rt = start("cpu", dtype)
     measured = (kept_bytes(config, 4, rt) - kept_bytes(config, 2, rt)) / (2 * T)
-    assert activation_bytes(config, width, fused) == pytest.approx(measured, rel=0.01)
+    assert activation_bytes(config, width, fused, "cpu") == pytest.approx(measured, rel=0.01)
 
 
 # B decides into how many chunks the loss cuts its rows.
@@ -242,7 +244,8 @@ def test_dry_run_prints_the_plan_and_leaves_no_trace(
         f"memory         about {plan.amount(bytes_in_all)} on each rank",
         f"Python and torch themselves {plan.amount(plan.LIBRARY_BYTES)}",
         f"time           {plan.duration(seconds)} at",
-        "40% (assumed) of each rank's 1 TFLOP/s (of matrix products timed here)",
+        "40% (assumed) of each rank's 1 TFLOP/s (of matrix products timed here, as if no other "
+        "work shared it)",
         f"checkpoints    {plan.amount(checkpoint_bytes(config))}",
     ):
         assert words in out
@@ -258,22 +261,50 @@ def test_a_known_gpu_is_planned_from_its_datasheet(monkeypatch):
     assert "989 TFLOP/s (in its datasheet)" in line
 
 
-def test_another_machine_is_planned_without_being_here():
-    lines = "\n".join(plan.plan_for(SIZES["gpt2"], 8, "h100", 19073, 524288, micro_batch=16))
-    assert "4 micro-batches of 16 × 1024 tokens on each of 8 ranks" in lines
-    assert "45 minutes at 3,70" in lines
-    assert "989 TFLOP/s (in the datasheet of H100)" in lines
+def planned(capsys, *flags) -> tuple[int, str, str]:
+    code = run_main(plan.main, *flags)
+    return code, *capsys.readouterr()
 
 
-def test_a_micro_batch_is_no_larger_than_a_ranks_part_of_the_batch():
-    lines = "\n".join(plan.plan_for(SIZES["gpt2"], 64, "h100", 19073, 524288, micro_batch=16))
-    assert "1 micro-batch of 8 × 1024 tokens on each of 64 ranks" in lines
+def test_another_machine_is_planned_without_being_here(capsys):
+    _, out, _ = planned(capsys, "--gpus", 8, "--gpu", "h100")
+    assert "4 micro-batches of 16 × 1024 tokens on each of 8 ranks" in out
+    assert "45 minutes at 3,70" in out
+    assert "989 TFLOP/s (in the datasheet of H100)" in out
 
 
-@pytest.mark.parametrize("gpus,gpu", [(8, "abacus"), (7, "h100"), (0, "h100")])
-def test_a_machine_that_cannot_be_planned_is_refused(gpus, gpu):
-    with pytest.raises(UserError, match="abacus" if gpu == "abacus" else f"{gpus} GPUs"):
-        plan.plan_for(SIZES["gpt2"], gpus, gpu, 19073, 524288, 16)
+def test_without_flags_it_is_the_recipe_gpt2(capsys):
+    recipe = RECIPES["gpt2"]
+    values = asdict(plan.PlanConfig())
+    assert {name: getattr(recipe, name) for name in plan.FROM_RUN} == {
+        name: values[name] for name in plan.FROM_RUN
+    }
+
+
+def test_a_run_is_planned_for_another_machine(capsys, tmp_path):
+    saved = asdict(RECIPES["first-run"]) | {"dropout": 0.1}
+    (tmp_path / "train.json").write_text(json.dumps(saved))
+    _, out, _ = planned(capsys, "--run", tmp_path, "--gpus", 2, "--max-steps", 7)
+    assert "4 layers, 4 heads, 128 channels, context 128, vocabulary 257" in out
+    assert "7 steps of 1,024 tokens" in out
+    assert "1 micro-batch of 4 × 128 tokens on each of 2 ranks" in out
+    parts = memory(GPTConfig(4, 4, 128, 128, 257, 0.1), 4)
+    assert plan.amount(parts["activations"]) in out
+
+
+def test_a_micro_batch_is_no_larger_than_a_ranks_part_of_the_batch(capsys):
+    _, out, _ = planned(capsys, "--gpus", 64)
+    assert "1 micro-batch of 8 × 1024 tokens on each of 64 ranks" in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--gpu", "abacus"), ("--gpus", 7), ("--gpus", 0), ("--run", "nowhere"), ("--n-layer", -1)],
+)
+def test_what_cannot_be_planned_is_refused(flags, capsys):
+    code, _, err = planned(capsys, *flags)
+    assert code == 2
+    assert str(flags[1]) in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
