@@ -199,8 +199,9 @@ def read_config(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     shape = {"max_steps?": int, "started?": {"code?": str}}
     config = read_or_pass_over(folder / "train.json", shape, say)
     values = {key: value for key, value in config.items() if not isinstance(value, (dict, list))}
-    if config.get("started"):
-        values["code"] = str(config["started"].get("code"))[:7]
+    code = config.get("started", {}).get("code")
+    if code:
+        values["code"] = code[:7]
     origin = config.get("origin")
     if isinstance(origin, dict) and type(origin.get("step")) is int:
         values["forked_from"] = str(origin.get("run"))
@@ -524,7 +525,9 @@ class Panel:
         self.is_single = len(groups) == 1
         self.kinds: dict[str, Any] = {}
         self.ends: dict[int, str] = {}
-        axes.set_xlabel(label_of_x + (f",{groups[0].how_far}" if self.is_single else ""))
+        if self.is_single and groups[0].how_far:
+            label_of_x += f",{groups[0].how_far}"
+        axes.set_xlabel(label_of_x)
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,12 +1,13 @@
 """Pictures of runs: what is drawn is what the logs say, whatever else stands in them."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from tools import run_main, run_python
+from tools import run_main
 
 from support import plot
 from support.script import UserError
@@ -14,21 +15,42 @@ from support.script import UserError
 STEPS = 100
 
 
-def write_run(folder: Path, loss: float = 3.1, hellaswag: bool = False, **config) -> Path:
-    """A run of 100 steps whose training loss falls to `loss`, validated at steps 0, 50 and 100."""
+def write_run(
+    folder: Path,
+    loss: float = 3.1,
+    hellaswag: bool = False,
+    steps: int = STEPS,
+    trunk: Path | None = None,
+    **config,
+) -> Path:
+    """A run whose training loss falls to `loss`, validated at every 50th step.
+
+    trunk: the run that it was forked from, at step 50; its log begins with that run's.
+    """
     events = []
-    for step in range(1, STEPS + 1):
-        events.append(entry("train", step, loss=loss + 8 / step))
-    for step, value in ((0, loss + 8), (50, loss + 0.1), (STEPS, loss)):
-        events.append(entry("eval", step, val_loss=value))
+    if trunk:
+        config["origin"] = {"run": str(trunk), "step": 50, "samples": 400, "weights": "0"}
+        events = [event for event in read_events(trunk) if event["step"] <= 50]
+    for step in range(51 if trunk else 0, steps + 1):
+        if step:
+            events.append(
+                entry("train", step, loss=loss + 8 / step, lr=1 / step, elapsed=step / 10)
+            )
+        if step % 50 == 0:
+            events.append(entry("eval", step, val_loss=loss + 0.002 * (STEPS - step)))
     if hellaswag:
-        events.append(entry("hellaswag", STEPS, acc=0.3, acc_norm=0.31))
-    events.append({"event": "sample", "step": STEPS, "text": "To be"})
+        events.append(entry("hellaswag", steps, acc=0.3, acc_norm=0.31))
+    events.append({"event": "sample", "step": steps, "text": "To be"})
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    values = {"n_layer": 12, "data": "edu_fineweb10B", "tokenizer": "gpt2", "seed": 1}
-    (folder / "train.json").write_text(json.dumps(values | {"out": str(folder)} | config))
+    values = {"n_layer": 12, "data": "novel.txt", "tokenizer": "gpt2", "seed": 1}
+    values |= {"max_steps": STEPS, "out": str(folder)}
+    (folder / "train.json").write_text(json.dumps(values | config))
     return folder
+
+
+def read_events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def entry(event: str, step: int, **values) -> dict:
@@ -36,8 +58,8 @@ def entry(event: str, step: int, **values) -> dict:
 
 
 @pytest.fixture
-def figures(monkeypatch) -> list[Figure]:
-    """The figures that were saved."""
+def draw(tmp_path, monkeypatch):
+    """draw(runs, …) gives the figure that draw_curves saves."""
     saved = []
     savefig = Figure.savefig
 
@@ -46,129 +68,255 @@ def figures(monkeypatch) -> list[Figure]:
         savefig(self, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", remember)
-    return saved
+
+    def draw(*runs: Path, **how) -> Figure:
+        plot.draw_curves(list(runs), tmp_path / "c.png", **how)
+        assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+        return saved[-1]
+
+    return draw
 
 
-def labels(axes) -> list[str]:
-    return [text.get_text() for text in axes.get_legend().get_texts()]
+def labels(figure: Figure) -> list[str]:
+    """What stands in the legends, OpenAI's lines left out."""
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    texts = [text.get_text() for legend in legends if legend for text in legend.get_texts()]
+    return [text for text in texts if "OpenAI" not in text]
 
 
-def curves(axes) -> dict[str, np.ndarray]:
-    """By label, the points (n, 2) of what is drawn as a line."""
-    handles = axes.get_legend().legend_handles
-    assert len(handles) == len(labels(axes))
-    lines = [line for line in axes.get_lines() if len(line.get_xdata()) != 2 or is_curve(line)]
-    names = [label for label in labels(axes) if "OpenAI" not in label and "chance" not in label]
-    return {name: line.get_xydata() for name, line in zip(names, lines, strict=True)}
-
-
-def is_curve(line) -> bool:
-    return line.get_linestyle() == "-"
+def lines(axes) -> list[np.ndarray]:
+    """The points (n, 2) of each line and mark, in the order in which they were drawn."""
+    return [line.get_xydata() for line in axes.get_lines()]
 
 
 # ------------------------------------------------------------------------------ what is drawn
 
 
-def test_two_runs_are_drawn_on_the_same_axes_and_hellaswag_beside_them(tmp_path, figures):
-    runs = [
-        write_run(tmp_path / "a", 3.1, hellaswag=True),
-        write_run(tmp_path / "b", 3.2, learning_rate=1),
+def test_a_curve_has_the_points_of_the_log(tmp_path, draw):
+    figure = draw(write_run(tmp_path / "a", steps=30, max_steps=30))
+    training = lines(figure.axes[0])[0]
+    steps = np.arange(1, 31)
+    np.testing.assert_allclose(training, np.stack([1000 * steps, 3.1 + 8 / steps], axis=1))
+    assert labels(figure) == ["training (3.367)", "validation (3.300)"]
+
+
+def test_several_runs_are_drawn_on_the_same_axes_and_hellaswag_beside_them(tmp_path, draw):
+    figure = draw(
+        write_run(tmp_path / "a", 3.1, hellaswag=True, learning_rate=1e-3),
+        write_run(tmp_path / "b", 3.2, learning_rate=2e-3),
+    )
+    assert len(figure.axes) == 2
+    assert labels(figure) == [
+        "a: learning_rate 0.001 (validation 3.100, acc_norm 31.00)",
+        "b: learning_rate 0.002 (validation 3.200)",
+        "training",
+        "validation",
+        "chance (25)",
     ]
-    plot.draw_curves(runs, tmp_path / "c.png")
-    losses, scores = figures[0].axes
-    assert [label for label in labels(losses) if "OpenAI" not in label] == [
-        "a: training",
-        "b: training",
-        "a: validation (3.100)",
-        "b: validation (3.200)",
-    ]
-    assert "a: acc_norm (31.00)" in labels(scores)
-    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_curve_has_the_points_of_the_log(tmp_path, figures):
-    plot.draw_curves([write_run(tmp_path / "a")], tmp_path / "c.png")
-    drawn = curves(figures[0].axes[0])
-    steps = np.arange(1, STEPS + 1)
-    expected = np.stack([1000 * steps, 3.1 + 8 / steps], axis=1)
-    np.testing.assert_allclose(drawn["training"], expected)
-
-
-def test_validation_starts_within_the_picture(tmp_path, figures):
+def test_validation_starts_within_the_picture(tmp_path, draw):
     """Not at ln V, from where a line would cross all of a short run's picture."""
-    plot.draw_curves([write_run(tmp_path / "a")], tmp_path / "c.png")
-    drawn = curves(figures[0].axes[0])["validation (3.100)"]
-    assert drawn[:, 0].tolist() == [50_000, 100_000]
+    run = write_run(tmp_path / "a")
+    log = (run / "log.jsonl").read_text().replace('"val_loss": 3.3', '"val_loss": 11.0')
+    (run / "log.jsonl").write_text(log)
+    _, validation = lines(draw(run).axes[0])[:2]
+    assert validation[:, 0].tolist() == [50_000, 100_000]
 
 
-def test_fine_tuning_shows_the_loss_that_it_starts_from(tmp_path, figures):
-    run = write_run(tmp_path / "a", init_from="gpt2")
-    plot.draw_curves([run], tmp_path / "c.png")
-    drawn = curves(figures[0].axes[0])["validation (3.100)"]
-    assert drawn[:, 0].tolist() == [0, 50_000, 100_000]
+def test_fine_tuning_shows_the_loss_that_it_starts_from(tmp_path, draw):
+    _, validation = lines(draw(write_run(tmp_path / "a", init_from="gpt2")).axes[0])[:2]
+    assert validation[:, 0].tolist() == [0, 50_000, 100_000]
 
 
-def test_a_long_curve_is_thinned_to_means_between_the_least_and_the_largest():
-    values = np.random.default_rng(0).normal(size=19_073)
-    band, n = plot.thinned(plot.Curve(np.arange(19_073.0), values))
-    assert n == 96
-    assert len(band.mean) == 199
-    np.testing.assert_allclose(band.mean[0], values[:96].mean())
-    np.testing.assert_allclose(band.mean[-1], values[198 * 96 :].mean())
-    assert band.low[0] == values[:96].min()
-    assert band.high[0] == values[:96].max()
-    assert band.tokens[-1] == 19_072
+@pytest.mark.parametrize(
+    "steps,points,of_each", [(30, 30, 1), (100, 20, 5), (800, 160, 5), (19_073, 199, 96)]
+)
+def test_a_training_curve_is_thinned_to_means(steps, points, of_each):
+    """Between the least and the largest of the steps that a point stands for."""
+    values = np.random.default_rng(0).normal(size=steps)
+    curve = plot.thinned(plot.Curve(np.arange(float(steps)), values, values, values))
+    assert (len(curve.mean), curve.steps) == (points, of_each)
+    np.testing.assert_allclose(curve.mean[0], values[:of_each].mean())
+    np.testing.assert_allclose(curve.mean[-1], values[(points - 1) * of_each :].mean())
+    assert curve.low[0] == values[:of_each].min()
+    assert curve.high[0] == values[:of_each].max()
+    assert curve.x[-1] == steps - 1
 
 
-def test_seeds_of_one_configuration_are_drawn_as_their_mean(tmp_path, figures):
+def test_seeds_of_one_configuration_are_drawn_as_their_mean(tmp_path, draw):
     for seed, loss in ((1, 3.0), (2, 3.2), (3, 3.4)):
         write_run(tmp_path / f"s{seed}", loss, seed=seed, started={"date": seed})
-    plot.draw_curves(plot.find_runs([tmp_path]), tmp_path / "c.png")
-    losses = figures[0].axes[0]
-    drawn = curves(losses)
-    np.testing.assert_allclose(drawn["s1, mean of 3 runs: validation (3.200)"][:, 1], [3.3, 3.2])
-    bands = [band.get_paths()[0].vertices[:, 1] for band in losses.collections]
-    assert [(band.min(), band.max()) for band in bands][1] == pytest.approx((3.0, 3.5))
+    write_run(tmp_path / "other", 3.4, learning_rate=1)
+    figure = draw(*plot.find_runs([tmp_path]))
+    assert labels(figure)[1] == "s1, mean of 3 runs (validation 3.200)"
+    _, _, _, validation = lines(figure.axes[0])[:4]
+    np.testing.assert_allclose(validation[-2:, 1], [3.3, 3.2])
+    bands = [band.get_paths()[0].vertices[:, 1] for band in figure.axes[0].collections]
+    assert (bands[-1].min(), bands[-1].max()) == pytest.approx((3.0, 3.6))
 
 
-def test_another_learning_rate_is_another_configuration(tmp_path):
+def test_what_is_not_learned_does_not_part_seeds_and_anything_else_does(tmp_path):
     runs = [
         plot.read_run(write_run(tmp_path / "a", seed=1, learning_rate=1)),
-        plot.read_run(write_run(tmp_path / "b", seed=2, learning_rate=1)),
+        plot.read_run(write_run(tmp_path / "b", seed=2, learning_rate=1, eval_every=7)),
         plot.read_run(write_run(tmp_path / "c", seed=2, learning_rate=2)),
+        plot.read_run(write_run(tmp_path / "d", seed=2, learning_rate=2, started={"code": "x"})),
     ]
-    groups = plot.group_by_configuration(runs)
-    assert [[run.name for run in group] for group in groups] == [["a", "b"], ["c"]]
+    groups = plot.arrange(runs)
+    assert [[run.name for run in group.runs] for group in groups] == [["a", "b"], ["c"], ["d"]]
+    assert [group.differs for group in groups] == [
+        "learning_rate 1",
+        "learning_rate 2",
+        "learning_rate 2, code x",
+    ]
 
 
-def test_runs_of_different_lengths_are_averaged_as_far_as_the_shorter_goes():
-    short = plot.Curve(np.array([1.0, 2, 3]), np.array([1.0, 2, 3]))
-    long = plot.Curve(np.array([2.0, 4]), np.array([4.0, 4]))
+def test_an_unfinished_run_stands_apart_and_says_how_far_it_came(tmp_path, draw):
+    runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in (1, 2)]
+    stopped = write_run(tmp_path / "s3", seed=3, steps=60)
+    assert labels(draw(*runs, stopped))[:2] == [
+        "s1, mean of 2 runs (validation 3.100)",
+        "s3 (validation 3.200 at step 60 of 100)",
+    ]
+    assert draw(stopped).axes[0].get_xlabel() == "training tokens, at step 60 of 100"
+
+
+def test_seeds_are_averaged_as_far_as_the_shortest_goes():
+    short, long = (
+        plot.Curve(np.array(x), np.array(y), np.array(y), np.array(y))
+        for x, y in (([1.0, 2, 3], [1.0, 2, 3]), ([2.0, 4], [4.0, 4]))
+    )
     for order in ([short, long], [long, short]):
-        assert plot.band_of_seeds(order).tokens[-1] <= 3
-    np.testing.assert_allclose(plot.band_of_seeds([short, long]).mean, [2.5, 3, 3.5])
+        assert plot.mean_curve(order).x[-1] <= 3
+    np.testing.assert_allclose(plot.mean_curve([short, long]).mean, [2.5, 3, 3.5])
 
 
-@pytest.mark.parametrize("data", ["edu_fineweb10B", "edu_fineweb10B/", "./edu_fineweb10B", "link"])
-def test_openais_loss_is_drawn_on_fineweb_edu_by_whatever_path(
-    data, tmp_path, figures, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    Path("edu_fineweb10B").mkdir()
-    Path("link").symlink_to("edu_fineweb10B")
-    plot.draw_curves([write_run(tmp_path / "a", data=data)], tmp_path / "c.png")
-    assert "OpenAI GPT-2, same size (3.2924)" in labels(figures[0].axes[0])
+def test_a_diverged_run_does_not_set_the_scale(tmp_path, draw):
+    runs = [write_run(tmp_path / name, learning_rate=name) for name in "abc"]
+    _, alone = draw(*runs).axes[0].get_ylim()
+    worse = write_run(tmp_path / "worse", 5.0, learning_rate=4)
+    diverged = write_run(tmp_path / "diverged", 9.0, learning_rate=5)
+    figure = draw(*runs, diverged)
+    assert figure.axes[0].get_ylim()[1] == pytest.approx(alone)
+    assert "diverged: learning_rate 5 (validation 9.000)" in labels(figure)
+    assert draw(*runs, worse).axes[0].get_ylim()[1] > 5.0
 
 
-def test_openais_loss_is_not_drawn_on_other_data(tmp_path, figures):
-    plot.draw_curves([write_run(tmp_path / "a", data="novel.txt")], tmp_path / "c.png")
-    assert not any("OpenAI" in label for label in labels(figures[0].axes[0]))
+def test_many_runs_have_a_legend_that_stays_on_the_page(tmp_path, draw):
+    runs = [
+        write_run(tmp_path / f"{'long' * 20}-{number}", learning_rate=number, weight_decay=number)
+        for number in range(plot.MOST_LABELS + 2)
+    ]
+    figure = draw(*runs[:22])
+    legend = figure.legends[0].get_window_extent()
+    page = figure.bbox
+    assert len(labels(figure)) == 22
+    assert legend.x0 >= 0 and legend.y0 >= 0 and legend.x1 <= page.x1
+    assert legend.y1 <= figure.axes[0].get_tightbbox().y0
+    figure = draw(*runs)
+    assert len(labels(figure)) == plot.MOST_LABELS + 1
+    assert labels(figure)[-1] == "and 2 more"
+
+
+def test_the_best_checkpoint_is_marked_beside_the_last_value(tmp_path, draw, capsys):
+    run = write_run(tmp_path / "a")
+    (run / "best.json").write_text('{"step": 50, "val_loss": 3.05}')
+    figure = draw(run)
+    assert labels(figure)[-2:] == ["validation (3.100)", "best checkpoint (3.050 at step 50)"]
+    (star,) = (line for line in figure.axes[0].get_lines() if line.get_marker() == "*")
+    assert star.get_xydata().tolist() == [[50_000, 3.05]]
+
+
+# ------------------------------------------------------------------------------ forks
+
+
+def test_a_fork_is_marked_where_it_left_its_trunk(tmp_path, draw):
+    trunk = write_run(tmp_path / "trunk")
+    branch = write_run(tmp_path / "branch", 2.9, trunk=trunk, learning_rate=1)
+    figure = draw(branch)
+    assert "fork" in labels(figure)
+    _, validation, mark = lines(figure.axes[0])[:3]
+    assert mark.tolist() == [[50_000, pytest.approx(3.2)]]
+    assert validation[:, 0].tolist() == [0, 50_000, 100_000]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_branch_begins_on_its_trunk_if_that_is_drawn_too(moved, tmp_path, draw):
+    trunk = write_run(tmp_path / "runs" / "trunk", steps=150, max_steps=150)
+    branch = write_run(tmp_path / "runs" / "branch", 2.9, trunk=trunk)
+    if moved:
+        (tmp_path / "runs").rename(tmp_path / "elsewhere")
+        trunk, branch = (tmp_path / "elsewhere" / run.name for run in (trunk, branch))
+    figure = draw(trunk, branch)
+    of_branch = [line.get_xydata() for line in figure.axes[0].get_lines()][2:]
+    training, validation, mark = of_branch
+    assert training[0, 0] == validation[0, 0] == mark[0, 0] == 50_000
+    assert validation[0, 1] == mark[0, 1] == pytest.approx(3.2)  # the trunk's value
+    assert labels(figure)[:2] == [
+        "trunk: max_steps 150 (validation 3.000)",
+        "branch: max_steps 100, forked_at 50 (validation 2.900)",
+    ]
+
+
+def test_forks_of_several_seeds_are_averaged(tmp_path, draw):
+    trunks = [write_run(tmp_path / f"trunk-{seed}", seed=seed) for seed in (1, 2)]
+    branches = [
+        write_run(tmp_path / f"branch-{seed}", 2 + seed, trunk=trunk, seed=seed)
+        for seed, trunk in enumerate(trunks)
+    ]
+    assert "branch-0, mean of 2 runs: forked_at 50 (validation 2.500)" in labels(
+        draw(*trunks, *branches)
+    )
+
+
+# ------------------------------------------------------------------------------ axes
+
+
+def test_any_number_of_the_log_can_be_drawn_against_any_axis(tmp_path, draw):
+    run = write_run(tmp_path / "a", steps=30, max_steps=30)
+    figure = draw(run, x="seconds", y="lr")
+    steps = np.arange(1, 31)
+    np.testing.assert_allclose(lines(figure.axes[0])[0], np.stack([steps / 10, 1 / steps], axis=1))
+    assert figure.axes[0].get_xlabel() == "seconds of training"
+    assert figure.axes[0].get_ylabel() == "lr"
+    figure = draw(write_run(tmp_path / "b"), x="seconds")  # a validation's seconds are its step's
+    assert lines(figure.axes[0])[1][-2:, 0].tolist() == [5, 10]
+    figure = draw(run, x="steps")
+    assert lines(figure.axes[0])[1][0, 0] == 0
+
+
+def test_a_metric_of_ones_own_is_drawn_from_whatever_event_has_it(tmp_path, draw):
+    run = write_run(tmp_path / "a")
+    with open(run / "log.jsonl", "a") as log:
+        log.write(json.dumps(entry("mine", 40, cloze=0.5)) + "\n")
+        log.write(json.dumps(entry("mine", 90, cloze=0.75)) + "\n")
+    figure = draw(run, y="cloze")
+    assert lines(figure.axes[0])[0].tolist() == [[40_000, 0.5], [90_000, 0.75]]
+    assert labels(figure) == ["mine (0.75)"]
+
+
+def test_a_number_that_no_log_has_is_refused_with_those_that_there_are(tmp_path, draw):
+    with pytest.raises(UserError, match="--y nope: .* elapsed, loss, lr, step, tokens, val_loss"):
+        draw(write_run(tmp_path / "a"), y="nope")
+
+
+@pytest.mark.parametrize("data", ["edu_fineweb10B", "edu_fineweb10B/", "/data/edu_fineweb10B"])
+def test_openais_loss_is_drawn_on_fineweb_edu_wherever_it_lies(data, tmp_path, draw):
+    figure = draw(write_run(tmp_path / "a", data=data))
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "OpenAI GPT-2, same size (3.2924)" in texts
+
+
+def test_openais_loss_is_not_drawn_on_other_data(tmp_path, draw):
+    figure = draw(write_run(tmp_path / "a"))
+    assert not any("OpenAI" in text.get_text() for text in figure.axes[0].get_legend().get_texts())
 
 
 @pytest.mark.parametrize("tokenizer,unit", [("bytes", "byte"), ("gpt2", "token")])
-def test_the_axis_names_the_unit_of_the_loss(tokenizer, unit, tmp_path, figures):
-    plot.draw_curves([write_run(tmp_path / "a", tokenizer=tokenizer)], tmp_path / "c.png")
-    assert figures[0].axes[0].get_ylabel() == f"loss (nats per {unit})"
+def test_the_axis_names_the_unit_of_the_loss(tokenizer, unit, tmp_path, draw):
+    figure = draw(write_run(tmp_path / "a", tokenizer=tokenizer))
+    assert figure.axes[0].get_ylabel() == f"loss (nats per {unit})"
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -202,40 +350,30 @@ def test_a_suffix_that_names_no_picture_is_refused(tmp_path):
         plot.draw_curves([write_run(tmp_path / "a")], tmp_path / "curves.doc")
 
 
-def test_runs_of_edited_code_are_no_seeds_of_each_other(tmp_path):
-    runs = [
-        plot.read_run(write_run(tmp_path / "gelu", seed=1, started={"code": "a"})),
-        plot.read_run(write_run(tmp_path / "relu", seed=1, started={"code": "b"})),
-    ]
-    assert len(plot.group_by_configuration(runs)) == 2
-
-
 def test_the_table_has_mean_and_deviation_over_seeds(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, loss in ((1, 3.0), (2, 3.2)):
         write_run(tmp_path / "runs" / f"s{seed}", loss, hellaswag=True, seed=seed)
-    write_run(tmp_path / "runs" / "t", 2.5, learning_rate=1)
+    run = write_run(tmp_path / "runs" / "t", 2.5, learning_rate=1, steps=60)
+    (run / "best.json").write_text('{"step": 50, "val_loss": 2.45}')
     assert run_main(plot.main, "runs", "--table") == 0
     rows = capsys.readouterr().out.splitlines()
-    assert rows[2] == "| s1 | 2 | 100K | 3.1800 ± 0.1414 | 3.1000 ± 0.1414 | 31.00 ± 0.00 |"
-    assert rows[3] == "| t | 1 | 100K | 2.5800 | 2.5000 | – |"
+    assert rows[2] == "| s1 |  | 2 | 100K | 3.1816 ± 0.1414 | 3.1000 ± 0.1414 | – | 31.00 ± 0.00 |"
+    assert rows[3].startswith("| t, unfinished at step 60 of 100 | learning_rate 1 | 1 | 60K | ")
+    assert rows[3].endswith(" | 2.6000 | 2.4500 at step 50 | – |")
     assert not Path("curves.png").exists()
 
 
-# ------------------------------------------------------------------------------ damaged and hostile
+# ------------------------------------------------------------------------------ damaged and foreign
 
 FOREIGN_LINES = [
     b"\xff\xfe",
     b"{}",
     b"[]",
     b"7",
-    b'{"event": ["train"], "step": 1}',
     b'{"event": "train", "step": "1", "tokens": 1000, "loss": 3.0}',
     b'{"event": "train", "step": 1, "tokens": 1000, "loss": NaN}',
-    b'{"event": "train", "step": 1, "tokens": 1' + b"0" * 400 + b', "loss": 3.0}',
-    b'{"event": "eval", "step": 1, "tokens": true, "val_loss": 3.0}',
     b'{"event": "hellaswag", "step": 1, "tokens": 1000}',
-    b"[" * 200_000,
     b'{"event": "train", "st',
 ]
 
@@ -247,58 +385,54 @@ def test_a_foreign_line_is_passed_over_and_said(line, tmp_path):
     log = run / "log.jsonl"
     log.write_bytes(line + b"\n" + log.read_bytes())
     said = []
-    found = plot.read_run(run, said.append)
+    found = plot.read_run(run, say=said.append)
     assert said == [f"{log}: 1 of its lines are no entries of a log, passed over"]
     assert found.curves.keys() == expected.curves.keys()
     for event, curve in found.curves.items():
-        np.testing.assert_array_equal(curve.values, expected.curves[event].values)
+        np.testing.assert_array_equal(curve.mean, expected.curves[event].mean)
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"[]", b"\xff", b"[" * 200_000, b'{"n_layer": {}, "data": "a\\u0000b"}']
-)
-def test_a_hostile_configuration_does_not_stop_the_picture(text, tmp_path):
+@pytest.mark.parametrize("name", ["train.json", "best.json"])
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b'{"max_steps": "a", "step": {}}'])
+def test_a_damaged_file_does_not_stop_the_picture(name, text, tmp_path, draw):
     run = write_run(tmp_path / "a")
-    (run / "train.json").write_bytes(text)
-    plot.draw_curves([run], tmp_path / "c.png", say=lambda line: None)
-    assert (tmp_path / "c.png").exists()
+    (run / name).write_bytes(text)
+    said = []
+    draw(run, say=said.append)
+    assert said == [f"{run / name}: damaged, passed over"]
 
 
-def test_an_empty_log_gives_an_empty_picture(tmp_path):
+def test_an_empty_log_gives_an_empty_picture(tmp_path, draw):
     run = write_run(tmp_path / "a")
     (run / "log.jsonl").write_text("")
-    plot.draw_curves([run], tmp_path / "c.png")
-    assert (tmp_path / "c.png").exists()
+    draw(run)
 
 
 @pytest.mark.parametrize("name", ["$\\write18{x}$", "_hidden", "a\nb", "\udcff", "long" * 60])
-def test_a_folders_name_is_drawn_as_text(name, tmp_path, figures):
-    runs = [write_run(tmp_path / name), write_run(tmp_path / "b", learning_rate=1)]
-    plot.draw_curves(runs, tmp_path / "c.png")
-    legend = figures[0].axes[0].get_legend()
-    assert legend.get_texts()[0].get_text() == f"{plot.printable(name)}: training"
-    assert not any(text.get_parse_math() for text in legend.get_texts())
+def test_a_folders_name_is_drawn_as_text(name, tmp_path, draw):
+    figure = draw(write_run(tmp_path / name), write_run(tmp_path / "b", learning_rate=1))
+    texts = figure.legends[0].get_texts()
+    assert texts[0].get_text().startswith(plot.shown(name, plot.LONGEST_NAME))
+    assert not any(text.get_parse_math() for text in texts)
 
 
-def test_nothing_around_the_script_decides_whether_it_can_draw(tmp_path):
-    """A matplotlibrc in the working directory and MPLBACKEND, both of which end an import."""
-    write_run(tmp_path / "a")
-    (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: true\nbackend: \xff\n")
-    script = Path(plot.__file__)
-    done = run_python(script, "a", env={"MPLBACKEND": "no such backend"}, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "curves.png").exists()
-    broken = run_python("-c", "import matplotlib", cwd=tmp_path)
-    assert broken.returncode != 0  # so the file is as bad as it should be
-
-
-def test_settings_of_the_process_are_ignored_and_left_as_they_were(tmp_path):
+def test_settings_of_the_process_are_ignored_and_left_as_they_were(tmp_path, draw):
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True, "font.family": "no such font"}):
-        plot.draw_curves([write_run(tmp_path / "a")], tmp_path / "c.png")
+        draw(write_run(tmp_path / "a"))
         assert matplotlib.rcParams["text.usetex"]
-    assert (tmp_path / "c.png").exists()
+
+
+def test_pictures_are_drawn_in_several_threads(tmp_path):
+    run = write_run(tmp_path / "a")
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    threads = [threading.Thread(target=plot.draw_curves, args=([run], file)) for file in files]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_a_picture_replaces_a_link_instead_of_following_it(tmp_path):
