@@ -47,7 +47,14 @@ from model import GPT
 from sample import load_model
 from support.files import file_sha256, read_jsonl, write_file
 from support.progress import Progress
-from support.runtime import Runtime, choose_dtype, masked_attention, start
+from support.runtime import (
+    LOGIT_ROWS,
+    PAD_VOCABULARY_TO,
+    Runtime,
+    choose_dtype,
+    masked_attention,
+    start,
+)
 from support.script import (
     Range,
     UserError,
@@ -62,9 +69,6 @@ from support.script import (
 DATA = Path("data/hellaswag/hellaswag_val.jsonl")
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 items
-
-LOGIT_ROWS = {"cpu": 512, "cuda": 8192, "mps": 4096}
-PAD_VOCABULARY_TO = 64
 
 Style = Literal["completion", "harness"]
 

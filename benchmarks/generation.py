@@ -28,7 +28,8 @@ def warmed_up(work: Callable[[], torch.Tensor]) -> Ready:
 
 def sample_ours(work: Work, prepared: bool) -> Ready:
     """prepared: as sample.py does for long texts, compiled on CUDA and packed on a CPU."""
-    from sample import generate, pack_linears
+    from sample import generate
+    from support.runtime import pack_linears
 
     rt = work.setting.our_runtime()
     model = GPT.from_pretrained(work.folder).to(rt.device, rt.dtype)
