@@ -25,7 +25,6 @@ import dataclasses
 import datetime
 import functools
 import gc
-import itertools
 import math
 import os
 import re
@@ -59,14 +58,13 @@ from support.optimizer import (
     blank_tensors,
     load_optimizer_tensors,
     make_optimizer,
-    optimizer_tensors,
     set_learning_rate,
     state_tensors,
 )
 from support.plan import flops_per_token, parameters, plan, plan_time
 from support.plot import draw_curves
 from support.ranks import GradientTree, check_tree
-from support.run_directory import RunDirectory
+from support.run_directory import Checkpoint, RunDirectory
 from support.runtime import Runtime, multiplies_bfloat16, peak_flops, peak_memory, start
 from support.script import (
     Stopped,
@@ -116,8 +114,7 @@ class TrainConfig:
     # continue the run in --out, or without --out the newest of runs/<recipe>, runs/<recipe>-2, …;
     # start one if there is none
     resume: bool = False
-    # a run, or its train.json, to take all values from; other flags override them, and --data,
-    # --init-from and --wandb must be flags if somebody else wrote the file
+    # a run, or its train.json, to take all values from; other flags override them
     config: str = ""
     eval_only: bool = False  # measure --init-from on --data, and train nothing
     dry_run: bool = False  # print what the run would cost, and train nothing
@@ -745,15 +742,27 @@ def save(step: int, training: Training) -> None:
     training.rt.check_equal(
         [*training.model.parameters(), *moments], f"step {step}: weights or moments"
     )
+    shape = training.model.config
+    end_of_text = training.encoding.eot_token
+    saved_config = asdict(shape) | {
+        "n_positions": shape.block_size,
+        "encoding": training.encoding.name,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+    }
     save_on_main = functools.partial(
         run.save,
         step,
-        training.model,
-        functools.partial(optimizer_tensors, training.model, training.optimizer),
-        encoding=training.encoding,
-        data_fingerprint=training.data.fingerprint,
+        saved_config,
+        dict(training.model.named_parameters()),
+        state_tensors(training.model, training.optimizer),
+        training.encoding,
+        state={
+            "data": training.data.fingerprint,
+            "samples": step * training.config.sequences_per_step,
+            "spikes": training.guard.state(),
+        },
         keep=training.config.keep,
-        spikes=training.guard.state(),
     )
     training.rt.on_main(save_on_main)
     run.last_saved = step
@@ -855,7 +864,7 @@ class Extras:
 def main(args: list[str] | None = None) -> None:
     """Configuration, runtime, run directory, data, model, optimizer, loop."""
     args = sys.argv[1:] if args is None else args
-    config, why = config_of_command_line(with_resume_after_restart(args))
+    config, why = config_of_command_line(args)
     rt = start(config.device, config.dtype)
     flags = {flag(name): value for name, value in asdict(replace(config, out="")).items()}
     versions = {"the code": run_directory.hash_of_code(), "torch": torch.__version__}
@@ -870,7 +879,8 @@ def main(args: list[str] | None = None) -> None:
         rt.say(*dry_run(config, rt))
         return
     check_restarts(config)
-    with open_run_directory(config, rt) as run:
+    batch = config.total_batch_tokens
+    with run_directory.opened(config.out, config.recipe, config.resume, batch, rt) as run:
         data = prepare_data(config, rt)
         config = replace(config, tokenizer=data.encoding)  # shards say what they hold
         contents = {"the contents of --data": data.fingerprint}
@@ -878,7 +888,7 @@ def main(args: list[str] | None = None) -> None:
         checkpoint = None
         if config.resume:
             check_newest_is_on_main(run, rt)
-            checkpoint = rt.on_main(run.newest_checkpoint)
+            checkpoint = load_newest(run, rt)
         model = build_model(config, data, rt, checkpoint)
         optimizer = make_optimizer(model, config)
         guard = SpikeGuard(config.skip_spikes)
@@ -930,7 +940,7 @@ def note_on_busy_cores(rt: Runtime) -> list[str]:
     ]
 
 
-def describe_run(training: Training, checkpoint: Path | None) -> list[str]:
+def describe_run(training: Training, checkpoint: Checkpoint | None) -> list[str]:
     """The plan of the run, and where its data and its directory are."""
     config, data, run = training.config, training.data, training.run
     lines = plan(
@@ -1057,34 +1067,17 @@ def data_to_measure(
 # ------------------------------------------------------------------------- building the pieces
 
 
-def open_run_directory(config: TrainConfig, rt: Runtime) -> RunDirectory:
-    """Claim the run's directory at once, so that no other process begins a run there meanwhile."""
-    for folder in directories_to_try(config):
-        run = RunDirectory(folder, config.total_batch_tokens, writes=rt.is_main, say=rt.say)
-        if rt.on_main(try_to_claim, run, config):
-            return run
-    raise AssertionError("there is always another directory to try")
+def load_newest(run: RunDirectory, rt: Runtime) -> Checkpoint | None:
+    """The newest checkpoint of a run, on ranks other than 0 without its tensors."""
+    found = None
 
+    def load() -> Checkpoint | None:
+        nonlocal found
+        found = run.load_newest()
+        return found and found.without_tensors()
 
-def directories_to_try(config: TrainConfig) -> Iterator[Path]:
-    """--out alone where it is given; else runs/<recipe>, runs/<recipe>-2, runs/<recipe>-3, …"""
-    if config.out:
-        yield Path(config.out)
-        return
-    yield Path("runs", config.recipe)
-    for number in itertools.count(2):
-        yield Path("runs", f"{config.recipe}-{number}")
-
-
-def try_to_claim(run: RunDirectory, config: TrainConfig) -> bool:
-    """Whether this process holds the directory now. Raises UserError if --out cannot be held."""
-    try:
-        run.claim(may_hold_run=config.resume)
-    except UserError:
-        if config.out:
-            raise
-        return False
-    return True
+    head = rt.on_main(load)
+    return found or head
 
 
 def prepare_data(config: TrainConfig, rt: Runtime) -> TokenData:
@@ -1136,7 +1129,9 @@ def holds_shards(folder: str) -> bool:
     return "manifest.json" in names or any(name.endswith(SUFFIXES) for name in names)
 
 
-def build_model(config: TrainConfig, data: TokenData, rt: Runtime, checkpoint: Path | None) -> GPT:
+def build_model(
+    config: TrainConfig, data: TokenData, rt: Runtime, checkpoint: Checkpoint | None
+) -> GPT:
     """The model on its device, in training mode: from a checkpoint, from --init-from, or fresh.
 
     Rank 0 alone reads weights, and sends them to the others. So all begin with the same ones, and
@@ -1149,7 +1144,13 @@ def build_model(config: TrainConfig, data: TokenData, rt: Runtime, checkpoint: P
 
     def read() -> GPTConfig:
         nonlocal model
-        model = read_model(config, data, rt, str(checkpoint or config.init_from))
+        if checkpoint:
+            with torch.device("meta"):
+                model = GPT(model_config(config))
+            model.load_state_dict(checkpoint.weights, assign=True)
+            model.requires_grad_(True)
+        else:
+            model = read_model(config, data, rt, config.init_from)
         return model.config
 
     shape = rt.on_main(read)
@@ -1196,7 +1197,7 @@ def model_config(config: TrainConfig) -> GPTConfig:
 
 
 def load_checkpoint(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     model: GPT,
     optimizer: torch.optim.Optimizer,
     guard: SpikeGuard,
@@ -1205,12 +1206,13 @@ def load_checkpoint(
     rt: Runtime,
 ) -> None:
     """Set all else back to a checkpoint whose weights the model has already, as rank 0 reads it."""
-    state = rt.on_main(run_directory.read_state, checkpoint)
-    run.continue_from(state, rt.on_main(run.events_of, state["step"]))
+    state = checkpoint.state
+    run.continue_from(checkpoint)
     if state["data"] != data.fingerprint:
         error = UserError(
-            f"the data are not those that {checkpoint} was trained on; expected the same shards, "
-            "wherever they lie; restore them, name their place with --data, or start a new run"
+            f"the data are not those that {checkpoint.folder} was trained on; expected the same "
+            "shards, wherever they lie; restore them, name their place with --data, or start a new "
+            "run"
         )
         rt.raise_on_all(error)
     if "spikes" in state:  # checkpoints of older versions are without
@@ -1218,9 +1220,8 @@ def load_checkpoint(
     updates = run.step - guard.left_out
 
     def read() -> bool:
-        tensors = run_directory.read_optimizer_tensors(checkpoint)
-        load_optimizer_tensors(model, optimizer, tensors, updates)
-        return bool(tensors)
+        load_optimizer_tensors(model, optimizer, checkpoint.moments, updates)
+        return bool(checkpoint.moments)
 
     has_state = rt.on_main(read)  # false before the first update
     if has_state and not rt.is_main:
@@ -1250,20 +1251,14 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
 
 
 def check_restarts(config: TrainConfig) -> None:
-    """Refuse what would fail at torchrun's first restart on several machines.
-
-    After a restart a run is continued if the same job has begun it (`with_resume_after_restart`).
-    Machines know that they are of one job by torchrun's --rdzv-id.
-    """
-    has_name = os.environ.get("TORCHELASTIC_RUN_ID") != "none"
-    is_one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    """Refuse a job that torchrun restarts, and that would then begin a second run."""
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if config.resume or has_name or is_one_machine or restarts == "0":
+    if config.resume or restarts == "0":
         return
     raise UserError(
-        f"--max-restarts {restarts} on several machines, without --rdzv-id or --resume; expected "
-        "what tells a restarted worker that the run in --out is its own; add --resume to "
-        "train_gpt2.py's flags: it starts the run if there is none yet"
+        f"--max-restarts {restarts} without --resume; expected both: a restarted worker goes on "
+        "with the run in --out; add --out and --resume to train_gpt2.py's flags: it starts the "
+        "run if there is none yet"
     )
 
 
@@ -1327,7 +1322,7 @@ def open_wandb(config: TrainConfig, run: RunDirectory, extras: Extras) -> None:
             dir=folder,
             config=asdict(config),
         )
-        run.also_log = send
+        run.listeners.append(send)
 
 
 def wandb_id(file: Path) -> str:
@@ -1465,7 +1460,6 @@ def config_of_command_line(args: list[str]) -> tuple[TrainConfig, str]:
         if file.is_dir():  # a run stands for its train.json
             file = file / "train.json"
         defaults = read_train_json(file)
-        refuse_foreign_values(file, defaults, args)
         recipe = source.recipe or defaults.recipe
         why = f"with the values of {file}"
     elif source.init_from and not asks_for_help:  # help must not fetch a model
@@ -1487,7 +1481,6 @@ def config_of_run(folder: Path, source: argparse.Namespace, args: list[str]) -> 
             "run is continued with its own configuration; leave out --config, or start a new run"
         )
     saved = replace(read_train_json(folder / "train.json"), out=str(folder), resume=True)
-    refuse_foreign_values(folder / "train.json", saved, args)
     config = parse_flags(TrainConfig, saved, HELP, args)
     refuse_changes(saved, config)
     return config
@@ -1532,7 +1525,7 @@ def run_to_continue(source: argparse.Namespace, recipe: str) -> Path:
     if source.out:
         return Path(source.out)
     newest = Path("runs", recipe)
-    for folder in directories_to_try(replace(RECIPES[recipe], out="")):
+    for folder in run_directory.directories_to_try("", recipe):
         if not run_directory.is_run(folder):
             return newest
         newest = folder
@@ -1547,6 +1540,7 @@ def read_train_json(file: Path) -> TrainConfig:
         shape[f"{name}?" if name in ADDED_LATER else name] = kind
     values = read_json(file, shape)
     values.pop("started", None)
+    values.pop("origin", None)
     unknown = values.keys() - fields.keys()
     if unknown:
         raise UserError(
@@ -1568,50 +1562,6 @@ def read_train_json(file: Path) -> TrainConfig:
             f"{file}: {str(error).partition(';')[0]}; expected values that make a run; restore it, "
             "or start a new run"
         ) from None
-
-
-def refuse_foreign_values(file: Path, saved: TrainConfig, args: list[str]) -> None:
-    """Refuse to take from somebody else's train.json what reaches outside of the run directory.
-
-    Its data would be read, its initial weights fetched, and its log sent away. So these values must
-    be on the command line, unless this user wrote the file (run_directory.is_sealed), or this very
-    job did before a restart. Rank 0 looks for all: on other machines the user's home may differ.
-    """
-    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if os.environ.get("RANK", "0") != "0" or run_directory.is_sealed(file):
-        return
-    if is_restart and run_directory.was_begun_by_this_job(file.parent):
-        return
-    harmless = {"data": is_harmless_data(file.parent, saved)}
-    # The initial weights of a run that has saved its own are not read again.
-    harmless["init_from"] = saved.resume and bool(run_directory.step_directories(file.parent))
-    given = {arg.partition("=")[0].replace("_", "-") for arg in args}
-    if "--no-wandb" in given:
-        given.add("--wandb")
-    for name in run_directory.REACHING_OUT:
-        value = getattr(saved, name)
-        if value and flag(name) not in given and not harmless.get(name):
-            raise UserError(
-                f"{file}: names {flag(name)} {str(value)[:200]!r}, and was not written by you "
-                f"here; expected {flag(name)} on the command line; give the flag, with that value "
-                "if you trust it, or with another"
-            )
-
-
-def is_harmless_data(run: Path, saved: TrainConfig) -> bool:
-    """Whether the data that a run names may be read without asking.
-
-    They may if they are a corpus that this program makes. They also may if their fingerprint is in
-    one of the run's checkpoints: a stranger cannot know the fingerprint of a private file.
-    """
-    if saved.data in (FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER):
-        return True
-    try:
-        fingerprint = open_data(saved.data).fingerprint
-        states = map(run_directory.read_state, run_directory.step_directories(run))
-        return any(state["data"] == fingerprint for state in states)
-    except (UserError, OSError, ValueError):  # the latter for a path with a zero byte
-        return False
 
 
 def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
@@ -1649,23 +1599,6 @@ def shaped_like(defaults: TrainConfig, name: str) -> TrainConfig:
         seq_len=min(defaults.seq_len, model.block_size),
         tokenizer=encoding,
     )
-
-
-def with_resume_after_restart(args: list[str]) -> list[str]:
-    """The arguments, with --resume added after a restart by torchrun.
-
-    When a process fails, torchrun starts all processes again with the same arguments, and counts
-    the restarts in the environment. If the failed ones had begun a run, it is continued.
-    """
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restarts == 0 or "--resume" in args:
-        return args
-    source = parse_source_flags(args)
-    recipe, _ = choose_recipe(source)
-    source.resume = True
-    if run_directory.was_begun_by_this_job(run_to_continue(source, recipe)):
-        return [*args, "--resume"]
-    return args
 
 
 if __name__ == "__main__":

@@ -7,43 +7,45 @@
     runs/gpt2/best.json         the step of lowest validation loss, where the run keeps it
 
 A checkpoint is a Hugging Face GPT-2 directory with three files more: optimizer.safetensors,
-state.json and manifest.json, which lists every file with its size and sha256. A checkpoint is
-*valid* when every listed file is as the manifest says.
+state.json and manifest.json, which lists every file with its size and sha256.
 
-It is committed in four steps: all files are written under a temporary name and flushed to the disk,
-the manifest is written last, the directory is flushed, and one rename gives it its name. A crash at
-any moment leaves the whole checkpoint or none.
+How it is committed. All files are written under a temporary name and flushed to the disk, the
+manifest last. Then the directory is flushed, and one rename gives it its name. A crash at any
+moment leaves the whole checkpoint or none.
+
+What makes it valid. Every file that the manifest lists has the listed size and hash, and all
+weights and moments are finite. A run is continued from its newest valid checkpoint.
+
+This file knows nothing of GPT. Weights and moments are dicts of tensors, by name.
 """
 
 import contextlib
 import datetime
 import hashlib
-import hmac
 import itertools
 import json
 import math
 import os
-import secrets
-import shutil
-import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tiktoken
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
+from torch import Tensor
 
-from model import GPT, GPTConfig, read_config, read_header
 from support.files import (
     file_sha256,
     locked,
     plain_name,
+    read_bytes,
     read_json,
-    read_lines,
+    read_jsonl,
     remove,
     remove_leftovers,
     set_mode,
@@ -51,31 +53,76 @@ from support.files import (
     write_file,
 )
 from support.huggingface import check_tokenizer, save_tokenizer
-from support.optimizer import STATE_OF
-from support.script import Stopped, UserError, say
-from support.shards import ENCODINGS
-from tokens import encoding_for
+from support.ranks import Ranks
+from support.script import Stopped, UserError, require, say
 
-SCHEMA = 2  # of state.json; a newer one is refused
-MODEL_FILES = ("config.json", "model.safetensors")  # what sampling and scoring read
+SCHEMA = 2  # of state.json; another one is refused
+WEIGHTS = "model.safetensors"
+MOMENTS = "optimizer.safetensors"
+MODEL_FILES = ("config.json", WEIGHTS)  # what sampling and scoring read
+CHECKPOINT_FILES = (*MODEL_FILES, MOMENTS, "state.json")  # what continuing a run reads
 
+# The shapes of the JSON files; see files.read_json.
 STATE = {
     "schema": int,
     "step": int,
     "elapsed": float,
     "data": str,
     "train_json": str,
+    "tokens?": int,  # read up to here, as the log counts them
+    "samples?": int,  # windows seen up to here; a fork goes on with the next one
     "spikes?": {"losses": [float], "left_out": int},  # see support/spikes.py
 }
 MANIFEST = {"files": {str: {"size": int, "sha256": str}}}
 BEST = {"step": int, "val_loss": float}
+ORIGIN = {"run": str, "step": int, "samples": int, "weights": str}
+
+ANOTHER = "expected the files that were saved; use another checkpoint of the run"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: as its manifest says, finite, on the CPU."""
+
+    folder: Path
+    config: dict  # of config.json
+    state: dict  # of state.json
+    weights_sha256: str  # of model.safetensors
+    weights: dict[str, Tensor]  # by name of the parameter, linears as [out, in]
+    moments: dict[str, Tensor]  # as they were given to `save`
+    logged: frozenset[str] = frozenset()  # the events of this step that the log tells of
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def without_tensors(self) -> "Checkpoint":
+        """What the other ranks need to know; rank 0 sends them the tensors."""
+        return replace(self, weights={}, moments={})
+
+    def as_origin(self, samples: int) -> dict:
+        """What train.json of a fork says about this checkpoint.
+
+        samples: how many samples the run had seen.
+        """
+        return {
+            "run": str(self.folder.parent),
+            "step": self.step,
+            "samples": samples,
+            "weights": self.weights_sha256,
+        }
 
 
 class RunDirectory:
     """A run directory that this process writes, and holds alone.
 
+    begin, load_newest       how a run starts, or goes on
+    log                      a line of log.jsonl
+    save, wait_for_commit    a checkpoint, written beside the training
+    mark_best                the checkpoint of lowest validation loss
+
     Every rank has one, and only rank 0's (`writes=True`) locks, writes and deletes, so that the
-    training loop need not ask who it is. `step` is the number of updates that the run stands at.
+    training loop need not ask who it is.
     """
 
     def __init__(
@@ -85,11 +132,12 @@ class RunDirectory:
         self.tokens_per_step = tokens_per_step
         self.writes = writes
         self.say = say
-        self.also_log: Callable[[str, int, dict], None] | None = None  # told what is logged
-        self.step = 0
+        self.listeners: list[Callable[[str, int, dict], None]] = []  # told what is logged
+        self.step = 0  # updates done when this process took the run over
+        self.tokens = 0  # read until then
         self.elapsed = 0.0  # seconds of training, evaluations and saves excluded
         self.last_saved: int | None = None
-        self.logged: set[tuple[str, int]] = set()  # events of the step that a run goes on from
+        self.logged: frozenset[str] = frozenset()  # events of `step` that are done already
         self._lock = contextlib.ExitStack()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._commit: Future | None = None  # the checkpoint that is being written
@@ -104,18 +152,14 @@ class RunDirectory:
         self._writer.shutdown()
         self._lock.close()
 
-    # ------------------------------------------------------------------------------- starting
+    # Beginning, on rank 0: `claim`, then `begin` or `load_newest`. On all ranks: `continue_from`.
 
     def claim(self, may_hold_run: bool) -> None:
         """Lock the directory. Raises UserError while another process has it.
 
         may_hold_run: whether a run that is there already is welcome, or refused with a UserError.
         """
-        refuse_inside_checkpoint(self.folder)
-        is_new = not self.folder.exists()
         self._lock.enter_context(locked(self.folder))
-        if is_new:  # what is entered last is left first: with the lock still held
-            self._lock.callback(remove_if_unused, self.folder)
         if not may_hold_run and (is_run(self.folder) or step_directories(self.folder)):
             self._lock.close()
             raise UserError(
@@ -123,96 +167,129 @@ class RunDirectory:
                 "--resume, or choose another --out"
             )
 
-    def begin(self, config: dict, device: torch.device) -> None:
-        """Start a new run in the claimed directory."""
+    def begin(self, config: dict, device: torch.device, origin: dict | None = None) -> None:
+        """Start a new run: at step 0, or as a fork of another one (see `Checkpoint.as_origin`).
+
+        The log of a fork begins with the lines of the other run. From train.json on the directory
+        holds a run, so it is written last.
+        """
         remove_leftovers(self.folder)
-        remove(self.folder / "best.json")  # of no run: where there is one, begin is not called
-        keep_old_log(self.folder)
-        values = config | {"started": provenance(device) | {"seal": seal(config)}}
+        remove(self.folder / "best.json")
+        if origin:
+            copy_log(Path(origin["run"]), self.folder, origin["step"])
+        else:
+            begin_log(self.folder, self.say)
+        values = config | {"origin": origin, "started": provenance(device)}
         write_file(self.folder / "train.json", (json.dumps(values, indent=2) + "\n").encode())
 
-    def newest_checkpoint(self) -> Path | None:
-        """Go back to the newest checkpoint that is whole and finite; None where none was saved.
+    def load_newest(self) -> Checkpoint | None:
+        """Go back to the newest valid checkpoint; None where nothing was saved.
 
-        Damaged checkpoints after it are set aside, so that they are never counted again. The log
-        is cut back to the checkpoint's step, so that each step stands in it once.
+        A fork that has saved nothing goes back to the checkpoint that it began with. Newer
+        checkpoints, which are damaged, are set aside, so that they are never counted again. The
+        log is cut back to the checkpoint's step: what came after it is trained and logged again.
         """
         remove_leftovers(self.folder)
         read_best(self.folder)  # what is wrong with it is said now, not at the first save
         checkpoint = newest_valid(self.folder, self.say)
         if checkpoint is None:
-            if step_directories(self.folder):
-                raise UserError(
-                    f"{self.folder}: none of its checkpoints is valid; expected at least one to "
-                    "continue from; restore one, or start a new run in another directory"
+            return self._load_origin()
+        check_train_json(checkpoint)
+        for folder in step_directories(self.folder):
+            if step_number(folder) > checkpoint.step:
+                set_aside(folder)
+        cut_log(self.folder, checkpoint.step, self.say)
+        return with_events(checkpoint)
+
+    def _load_origin(self) -> Checkpoint | None:
+        if step_directories(self.folder):
+            raise UserError(
+                f"{self.folder}: none of its checkpoints is valid; expected at least one to "
+                "continue from; restore one, or start a new run in another directory"
+            )
+        saved = [entry["step"] for entry in log_entries(self.folder) if entry["event"] == "save"]
+        origin = read_origin(self.folder)
+        if origin is None:
+            if saved:
+                self.say(
+                    f"warning: {self.folder}: no checkpoint is there, although the log tells of "
+                    f"one at step {max(saved)}; the run begins again at step 0"
                 )
             return None
-        check_train_json(self.folder, checkpoint)
-        for folder in step_directories(self.folder):
-            if step_number(folder) > step_number(checkpoint):
-                set_aside(folder)
-        cut_log(self.folder, step_number(checkpoint), self.say)
+        checkpoint = checkpoint_of(Path(origin["run"], step_name(origin["step"])), self.say)
+        if checkpoint.weights_sha256 != origin["weights"]:
+            raise UserError(
+                f"{checkpoint.folder}: other weights than those that {self.folder} was forked "
+                "from; expected that checkpoint, since the fork has saved none of its own; "
+                "restore it, or fork again into another directory"
+            )
+        copy_log(Path(origin["run"]), self.folder, origin["step"])
         return checkpoint
 
-    def continue_from(self, state: dict, logged: set[tuple[str, int]]) -> None:
-        """Take over step and time of a checkpoint's state.json, and what `events_of` that step."""
-        self.step = self.last_saved = state["step"]
+    def continue_from(self, checkpoint: Checkpoint) -> None:
+        """Take over step, tokens and time of a checkpoint, of this run or of one that is forked."""
+        state = checkpoint.state
+        self.step = state["step"]
+        self.tokens = state.get("tokens", self.step * self.tokens_per_step)
         self.elapsed = state["elapsed"]
-        self.logged = logged
+        self.logged = checkpoint.logged
+        if checkpoint.folder.parent == self.folder:
+            self.last_saved = self.step
 
-    def events_of(self, step: int) -> set[tuple[str, int]]:
-        """What the log says was done at a step, as (event, step)."""
-        entries = (entry for _, entry in read_log(self.folder) if entry)
-        return {(entry["event"], step) for entry in entries if entry["step"] == step}
-
-    def has_logged(self, event: str, step: int) -> bool:
-        """Whether a resumed run did this already, before it was stopped."""
-        return (event, step) in self.logged
-
-    # ----------------------------------------------------------------------------------- log
+    # While the run goes on.
 
     def log(self, event: str, step: int, **values) -> None:
         """Append one line to log.jsonl. If that fails, `wait_for_commit` raises the error."""
         if not self.writes:
             return
-        values = {"tokens": step * self.tokens_per_step, **values}
+        values = {"tokens": self.tokens_at(step), **values}
         line = json.dumps({"event": event, "step": step, **values}) + "\n"
         try:
             append(self.folder / "log.jsonl", line, flush_to_disk=event != "train")
         except OSError as error:
             self._log_error = self._log_error or error
-        if self.also_log:
-            self.also_log(event, step, values)
+        for listener in self.listeners:
+            listener(event, step, values)
 
-    # --------------------------------------------------------------------------- checkpoints
+    def tokens_at(self, step: int) -> int:
+        """Tokens read in `step` updates, those of a run that this one is forked from included."""
+        return self.tokens + (step - self.step) * self.tokens_per_step
+
+    def has_logged(self, event: str, step: int) -> bool:
+        """Whether a continued run did this already, before it was stopped."""
+        return step == self.step and event in self.logged
 
     def save(
         self,
         step: int,
-        model: GPT,
-        optimizer_tensors: Callable[[], dict[str, torch.Tensor]],
+        config: dict,
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
         encoding: tiktoken.Encoding,
-        data_fingerprint: str,
+        state: dict,
         keep: int,
-        **state,
+        spare: Iterable[int] = (),
     ) -> None:
-        """Commit the checkpoint of this step.
+        """Commit the checkpoint of this step, and then remove those that need not be kept.
 
-        state: further values for state.json, of the shape that STATE says. Training waits only
-        until weights and moments are copied. Writing, hashing and flushing them goes on in a thread
-        beside the next steps. `wait_for_commit` waits for its end and raises what went wrong, and
-        `has_failed` tells without waiting whether something did.
+        config: of config.json. weights, moments: tensors on any device. state: `data` (the
+        fingerprint), `samples`, and whatever else STATE names. keep, spare: see `prune`.
+
+        Training waits until weights and moments are copied to the CPU and checked for NaN and Inf.
+        They are written, hashed and flushed in a thread beside the next steps. `wait_for_commit`
+        waits for its end and raises what went wrong; `has_failed` tells without waiting whether
+        something did. A save waits for the one before it.
         """
         self.wait_for_commit()
         began = time.perf_counter()
-        snapshot = cpu_copy(model)
-        tensors = optimizer_tensors()
-        check_finite(f"step {step}", dict(snapshot.named_parameters()) | tensors)
+        weights = cpu_copies(weights)
+        moments = cpu_copies(moments)
+        check_finite(f"step {step}", weights | moments)
         state = {
             "schema": SCHEMA,
             "step": step,
+            "tokens": self.tokens_at(step),
             "elapsed": self.elapsed,
-            "data": data_fingerprint,
             "train_json": file_sha256(self.folder / "train.json"),
             **state,
         }
@@ -220,9 +297,12 @@ class RunDirectory:
         # its checkpoint, so an event too many disappears, and one too few would never come back.
         self.log("save", step, seconds=round(time.perf_counter() - began, 3))
         self.wait_for_commit()
-        self._commit = self._writer.submit(
-            commit_checkpoint, self.folder, snapshot, encoding, tensors, state, keep
-        )
+
+        def commit() -> None:
+            commit_checkpoint(self.folder, config, weights, moments, encoding, state=state)
+            prune(self.folder, keep, spare)
+
+        self._commit = self._writer.submit(commit)
 
     def wait_for_commit(self) -> None:
         """Return once log and last checkpoint are on disk. Raises what went wrong with them."""
@@ -245,14 +325,12 @@ class RunDirectory:
         """
         self._writer.submit(work)
 
-    # ---------------------------------------------------------------------------------- best
-
     def lowest_validation_loss(self) -> float:
         """The lowest validation loss of a step that was kept as the best; infinite without one."""
-        best = best_step(self.folder)
-        if best is None or not best.is_dir():  # it was damaged and set aside
-            return math.inf
-        return read_best(self.folder)["val_loss"]
+        best = read_best(self.folder)
+        if best is None or not (self.folder / step_name(best["step"])).is_dir():
+            return math.inf  # there is none, or it was damaged and set aside
+        return best["val_loss"]
 
     def mark_best(self, step: int, val_loss: float) -> None:
         """Name this step, which is saved, the best one so far: pruning spares it."""
@@ -261,50 +339,94 @@ class RunDirectory:
         write_file(self.folder / "best.json", content.encode())
 
 
+def opened(out: str, recipe: str, resume: bool, tokens_per_step: int, ranks: Ranks) -> RunDirectory:
+    """Claim a run's directory at once, so that no other process begins a run there meanwhile.
+
+    Without `out` it is the first of runs/<recipe>, runs/<recipe>-2, … that is free.
+    """
+    for folder in directories_to_try(out, recipe):
+        run = RunDirectory(folder, tokens_per_step, writes=ranks.is_main, say=ranks.say)
+        if ranks.on_main(try_to_claim, run, resume, not out):
+            return run
+    raise AssertionError("there is always another directory to try")
+
+
+def directories_to_try(out: str, recipe: str) -> Iterator[Path]:
+    """`out` alone where it is given; else runs/<recipe>, runs/<recipe>-2, runs/<recipe>-3, …"""
+    if out:
+        yield Path(out)
+        return
+    yield Path("runs", recipe)
+    for number in itertools.count(2):
+        yield Path("runs", f"{recipe}-{number}")
+
+
+def try_to_claim(run: RunDirectory, may_hold_run: bool, may_be_taken: bool) -> bool:
+    """Whether this process holds the directory now. Raises UserError if it had to be this one."""
+    try:
+        run.claim(may_hold_run)
+    except UserError:
+        if not may_be_taken:
+            raise
+        return False
+    return True
+
+
 # ---------------------------------------------------------------------------------- committing
+
+
+def cpu_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which later updates do not touch."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
+
+
+def check_finite(place: str, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError where a tensor holds NaN or Inf: a ruined model is never saved or used."""
+    for name, tensor in tensors.items():
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise UserError(
+                f"{place}: {name} holds NaN or Inf; expected finite weights and moments; continue "
+                "from an earlier checkpoint with a lower learning rate"
+            )
 
 
 def commit_checkpoint(
     run: Path,
-    model: GPT,
+    config: dict,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
     encoding: tiktoken.Encoding,
-    optimizer_tensors: dict[str, torch.Tensor],
     state: dict,
-    keep: int,
 ) -> Path:
-    """Write `run/step_%06d` as the head of this file says, then remove what need not be kept."""
-    step = state["step"]
-    target = run / f"step_{step:06d}"
-    temporary = run / f".step_{step:06d}.tmp"
+    """Write `run/step_%06d` as the head of this file says."""
+    target = run / step_name(state["step"])
+    temporary = run / f".{target.name}.tmp"
     remove(temporary)
     temporary.mkdir()  # fails if somebody has put something there meanwhile
-    write_checkpoint_files(temporary, model, encoding, optimizer_tensors, state)
+    write_checkpoint_files(temporary, config, weights, moments, encoding, state)
     remove(target)  # only ever a damaged one: from a valid one the run would have gone on
     os.rename(temporary, target)
     sync(run)
-    prune(run, keep)
     return target
 
 
 def write_checkpoint_files(
     folder: Path,
-    model: GPT,
+    config: dict,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
     encoding: tiktoken.Encoding,
-    optimizer_tensors: dict[str, torch.Tensor],
     state: dict,
 ) -> None:
     """Every file of a checkpoint, on disk; manifest.json last."""
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     try:
-        model.save_pretrained(
-            folder,
-            encoding=encoding.name,
-            bos_token_id=encoding.eot_token,
-            eos_token_id=encoding.eot_token,
-        )
-        save_tokenizer(encoding, folder, model.config.block_size)
-        file = folder / "optimizer.safetensors"
-        save_file(optimizer_tensors, file)
+        save_model(folder, config, weights)
+        save_tokenizer(encoding, folder, config["n_positions"])
+        file = folder / MOMENTS
+        save_file(moments, file)
     except SafetensorError as error:  # it is raised for a full disk too, and names no file
         raise OSError(f"{file}: {error}") from None
     write_file(folder / "state.json", (json.dumps(state, indent=2) + "\n").encode())
@@ -318,156 +440,204 @@ def write_checkpoint_files(
     sync(folder)
 
 
-def cpu_copy(model: GPT) -> GPT:
-    """A copy of the model on the CPU that later updates do not touch."""
-    with torch.device("meta"):
-        copy = GPT(model.config)
-    weights = {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-    }
-    copy.load_state_dict(weights, assign=True)
-    return copy
+def prune(run: Path, keep: int, spare: Iterable[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints, the best one, and the trunks of forks.
+
+    spare: for each of these steps the last checkpoint at or before it stays. The step at which a
+    decay of the learning rate begins spares the checkpoint from which another decay can begin.
+
+    The newest checkpoint was committed or verified by this process, so a valid one always stays.
+    One that cannot be removed, as on NFS while somebody reads it, is a warning; the next call
+    tries again.
+    """
+    folders = step_directories(run)
+    stays = set(folders[-keep:])
+    stays.add(best_step(run))
+    for step in spare:
+        stays.update([folder for folder in folders if step_number(folder) <= step][-1:])
+    for folder in folders:
+        if folder in stays:
+            continue
+        try:
+            (folder / "manifest.json").unlink(missing_ok=True)  # half-removed, it is never valid
+            remove(folder)
+        except OSError as error:
+            say(f"warning: {error.filename}: not removed ({error.strerror}); training goes on")
 
 
-def check_finite(place: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise UserError where a tensor holds NaN or Inf: a ruined model is never saved or used."""
-    for name, tensor in tensors.items():
-        if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
-            raise UserError(
-                f"{place}: {name} holds NaN or Inf; expected finite weights and moments; continue "
-                "from an earlier checkpoint with a lower learning rate"
-            )
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it counts no more and a person can look at it."""
+    target = folder.with_name(f"damaged_{folder.name}")
+    remove(target)
+    folder.rename(target)
 
 
-# ----------------------------------------------------------------------------------- verifying
+# ------------------------------------------------------------------------- verifying and loading
 
 
-def fault_of(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
-    """What is wrong with a checkpoint, or None when it is as its manifest says.
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, each of its tensor files read once: hashed, loaded, checked for NaN and Inf.
 
-    names: look at these files only, as reading a model does without its optimizer.
+    Raises UserError or OSError where it is not valid.
+    """
+    files = read_manifest(folder, CHECKPOINT_FILES)
+    for name in files.keys() - {WEIGHTS, MOMENTS}:
+        verify(folder / name, files[name])
+    state = read_state(folder)
+    weights = load_tensors(folder / WEIGHTS, files[WEIGHTS])
+    return Checkpoint(
+        folder,
+        config=read_json(folder / "config.json", {}),
+        state=state,
+        weights_sha256=files[WEIGHTS]["sha256"],
+        weights={
+            name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+            for name, tensor in weights.items()
+        },
+        moments=load_tensors(folder / MOMENTS, files[MOMENTS]),
+    )
+
+
+def with_events(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, with what its run's log tells of its step."""
+    entries = log_entries(checkpoint.folder.parent)
+    events = frozenset(entry["event"] for entry in entries if entry["step"] == checkpoint.step)
+    return replace(checkpoint, logged=events)
+
+
+def read_manifest(folder: Path, needed: Iterable[str]) -> dict[str, dict]:
+    """Size and sha256 of a checkpoint's files, by name. The needed ones are among them."""
+    file = folder / "manifest.json"
+    files = read_json(file, MANIFEST)["files"]
+    for name in needed:
+        require(name in files, f"{file}: does not list {name}; {ANOTHER}")
+    for name in files:
+        require(plain_name(name), f"{file}: lists {name!r}, which is no plain file name; {ANOTHER}")
+    return files
+
+
+def verify(file: Path, entry: dict) -> None:
+    """Raise UserError unless a file has the size and the hash that the manifest says."""
+    is_whole = file_size(file) == entry["size"] and file_sha256(file) == entry["sha256"]
+    require(is_whole, f"{file}: damaged; {ANOTHER}")
+
+
+def load_tensors(file: Path, entry: dict) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which is read once. Raises UserError like `verify`."""
+    require(file_size(file) == entry["size"], f"{file}: damaged; {ANOTHER}")
+    content = read_bytes(file, limit=entry["size"])
+    is_whole = hashlib.sha256(content).hexdigest() == entry["sha256"]
+    require(is_whole, f"{file}: damaged; {ANOTHER}")
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise UserError(f"{file}: {error}; {ANOTHER}") from None
+    check_finite(str(file), tensors)
+    return tensors
+
+
+def file_size(file: Path) -> int:
+    """Its size; -1 where there is none."""
+    return file.stat().st_size if file.exists() else -1
+
+
+def fault_of(folder: Path, names: Iterable[str] = ()) -> str | None:
+    """What is wrong with the files of a checkpoint, or None; their tensors are not looked at.
+
+    names: verify these files only, as reading a model does without its optimizer.
     """
     try:
-        files = read_json(folder / "manifest.json", MANIFEST)["files"]
-        missing = [name for name in names or (*MODEL_FILES, "state.json") if name not in files]
-        if missing:
-            return f"manifest.json does not list {missing[0]}"
+        files = read_manifest(folder, names or CHECKPOINT_FILES)
         for name in names or files:
-            if not plain_name(name):
-                return f"manifest.json lists {name!r}, which is not a plain file name"
-            if not is_regular(folder / name):
-                return f"{name} is missing or not a regular file"
-            entry = files[name]
-            size = (folder / name).stat().st_size
-            if size != entry["size"] or file_sha256(folder / name) != entry["sha256"]:
-                return f"{name} is damaged"
-    except UserError as error:
-        return str(error).partition(";")[0]
-    except OSError as error:
-        return f"{os.path.basename(error.filename or '')} cannot be read ({error.strerror})"
-    return None
-
-
-def is_regular(file: Path) -> bool:
-    return file.is_file() and not file.is_symlink()
-
-
-def newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies and loads; newer ones that do not are reported."""
-    for folder in reversed(step_directories(run)):
-        fault = fault_of(folder) or fault_in_tensors(folder)
-        if fault is None:
-            return folder
-        warn(f"warning: {folder}: {fault}; using an earlier checkpoint")
-    return None
-
-
-def fault_in_tensors(folder: Path) -> str | None:
-    """What keeps a checkpoint whose files are whole from being continued, or None."""
-    try:
-        read_state(folder)
-        GPT.from_pretrained(folder)
-        check_finite("optimizer.safetensors", read_optimizer_tensors(folder))
+            verify(folder / name, files[name])
     except (UserError, OSError) as error:
-        return str(error).partition(";")[0]
+        return fault_in(error)
     return None
+
+
+def fault_in(error: UserError | OSError) -> str:
+    """What an error says is wrong, without the remedy."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return str(error).partition(";")[0]
+
+
+def newest_valid(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that can be continued; newer ones that cannot are reported."""
+    folders = step_directories(run)
+    while folders:
+        folder = folders.pop()
+        try:
+            return load_checkpoint(folder)
+        except (UserError, OSError) as error:
+            if not folder.exists():  # the run goes on elsewhere, and has pruned it meanwhile
+                folders = step_directories(run)
+                continue
+            warn(f"warning: {fault_in(error)}; using an earlier checkpoint")
+    return None
+
+
+def checkpoint_of(place: Path, warn: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint to fork from: of a run the newest valid one, or the step that is named.
+
+    Nothing is written there, and its run may go on meanwhile.
+    """
+    if is_run(place):
+        checkpoint = newest_valid(place, warn)
+        require(
+            checkpoint is not None,
+            f"{place}: no valid checkpoint; expected at least one step directory; let the run save "
+            "one, or name another run",
+        )
+    else:
+        refuse_missing(place)
+        require(
+            is_run(place.parent) and (place / "manifest.json").exists(),
+            f"{place}: not a run, nor a checkpoint in its run; expected a directory with "
+            "train.json, or a step directory in it; check the path",
+        )
+        checkpoint = load_checkpoint(place)
+    check_train_json(checkpoint)
+    return with_events(checkpoint)
 
 
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint."""
     file = folder / "state.json"
     state = read_json(file, STATE)
-    if state["schema"] != SCHEMA:
-        raise UserError(
-            f"{file}: schema {state['schema']}; expected schema {SCHEMA}; use the version of this "
-            "program that wrote it"
-        )
-    if state["step"] != step_number(folder):
-        raise UserError(
-            f"{file}: step {state['step']}; expected the step in the directory's name, "
-            f"{folder.name}; use another checkpoint"
-        )
-    spikes = state.get("spikes", {"losses": [], "left_out": 0})
-    if not 0 <= spikes["left_out"] <= state["step"]:
-        raise UserError(
-            f"{file}: {spikes['left_out']} updates left out; expected at most as many as steps, "
-            f"{state['step']}; use another checkpoint"
-        )
-    if any(abs(loss) > torch.finfo(torch.float32).max for loss in spikes["losses"]):
-        raise UserError(
-            f"{file}: a loss of {max(spikes['losses'], key=abs)}; expected float32 numbers; use "
-            "another checkpoint"
-        )
+    require(
+        state["schema"] == SCHEMA,
+        f"{file}: schema {state['schema']}; expected schema {SCHEMA}; use the version of this "
+        "program that wrote it",
+    )
+    require(
+        state["step"] == step_number(folder),
+        f"{file}: step {state['step']}; expected the step in the directory's name, {folder.name}; "
+        "use another checkpoint",
+    )
     return state
 
 
-def read_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """optimizer.safetensors of a checkpoint."""
-    file = folder / "optimizer.safetensors"
-    if not file.exists():
-        raise UserError(
-            f"{file}: not there; expected the optimizer's state beside the weights; start a new "
-            "run from these weights instead of continuing the old one"
-        )
-    check_optimizer_header(file, read_config(folder))
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise UserError(
-            f"{file}: {error}; expected a safetensors file; use another checkpoint"
-        ) from None
-
-
-def check_optimizer_header(file: Path, config: GPTConfig) -> None:
-    """Refuse tensors that are no optimizer's state of such a model, before one of them is read."""
-    with torch.device("meta"):
-        model = GPT(config)
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    kinds = set(itertools.chain(*STATE_OF.values()))
-    for name, entry in read_header(file).items():
-        if name == "__metadata__":
-            continue
-        parameter, _, kind = name.rpartition(".")
-        found = (entry["dtype"], entry["shape"])
-        if kind not in kinds or found != ("F32", shapes.get(parameter)):
-            raise UserError(
-                f"{file}: {name[:200]!r} is {entry['dtype']} of shape {entry['shape'][:9]}; "
-                "expected the moments of the model's parameters, as F32; use another checkpoint"
-            )
-
-
-def check_train_json(run: Path, checkpoint: Path) -> None:
+def check_train_json(checkpoint: Checkpoint) -> None:
     """Refuse a configuration that was edited after the checkpoint was saved."""
-    if file_sha256(run / "train.json") != read_state(checkpoint)["train_json"]:
-        raise UserError(
-            f"{run / 'train.json'}: changed since {checkpoint.name} was saved; expected the "
-            "configuration that the checkpoint was trained with; restore it, or start a new run "
-            "from the checkpoint's weights"
-        )
+    file = checkpoint.folder.parent / "train.json"
+    require(
+        file_sha256(file) == checkpoint.state["train_json"],
+        f"{file}: changed since {checkpoint.folder.name} was saved; expected the configuration "
+        "that the checkpoint was trained with; restore it, or start a new run from the "
+        "checkpoint's weights",
+    )
 
 
 # ------------------------------------------------------------------------------------- finding
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def step_number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def step_directories(run: Path) -> list[Path]:
@@ -479,8 +649,16 @@ def step_directories(run: Path) -> list[Path]:
     return sorted(folders, key=step_number)
 
 
-def step_number(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+def is_run(folder: Path) -> bool:
+    return (folder / "train.json").exists()
+
+
+def read_origin(run: Path) -> dict | None:
+    """Where a fork comes from, as its train.json says it; None for a run that began by itself."""
+    file = run / "train.json"
+    if not file.exists() or read_json(file, {}).get("origin") is None:
+        return None
+    return read_json(file, {"origin": ORIGIN})["origin"]
 
 
 def read_best(run: Path) -> dict | None:
@@ -492,40 +670,17 @@ def read_best(run: Path) -> dict | None:
 def best_step(run: Path) -> Path | None:
     """The checkpoint that best.json names, or None where the run has none."""
     best = read_best(run)
-    return run / f"step_{best['step']:06d}" if best else None
-
-
-def refuse_inside_checkpoint(folder: Path) -> None:
-    """A run inside a checkpoint would be deleted with it, or would change what it holds."""
-    place = Path(os.path.realpath(folder))  # Path.resolve fails where links form a circle
-    for parent in (place, *place.parents):
-        if (parent / "manifest.json").exists() and (parent / "state.json").exists():
-            raise UserError(
-                f"{folder}: inside the checkpoint {parent}; expected a directory of its own for "
-                "the run; choose another --out"
-            )
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "train.json").exists()
-
-
-def was_begun_by_this_job(folder: Path) -> bool:
-    """Whether the processes of this torchrun command have begun the run, before a restart."""
-    if not is_run(folder):
-        return False
-    started = read_json(folder / "train.json", {}).get("started")
-    return isinstance(started, dict) and started.get("job") == job_name()
+    return run / step_name(best["step"]) if best else None
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
     """The run under `root` with a checkpoint that was started or resumed last."""
     runs = [run for run in root.glob("*/") if is_run(run) and step_directories(run)]
-    if not runs:
-        raise UserError(
-            f"{root}: no run with a checkpoint; expected a training run; train one with "
-            "train_gpt2.py, or name a model with --model"
-        )
+    require(
+        bool(runs),
+        f"{root}: no run with a checkpoint; expected a training run; train one with "
+        "train_gpt2.py, or name a model with --model",
+    )
 
     def last_written(run: Path) -> float:
         log = run / "log.jsonl"
@@ -534,131 +689,66 @@ def newest_run(root: Path = Path("runs")) -> Path:
     return max(runs, key=last_written)
 
 
-def resolve_model(name: str | None, warn: Callable[[str], None] = print) -> str:
+def resolve_model(
+    name: str | None, warn: Callable[[str], None] = say, names: Iterable[str] = MODEL_FILES
+) -> str:
     """The hub name or the directory with a model that `name` stands for.
 
     A run directory stands for its best checkpoint if it keeps one, else for its newest valid one;
-    None for the newest run under runs/. A checkpoint is verified; other names are left as they are.
+    None for the newest run under runs/. Other names are left as they are. names: the files of a
+    checkpoint that are verified, those that will be read.
     """
     place = Path(name) if name else newest_run()
-    # Below runs/ nothing is looked up on the hub. A folder without any .json never became a run.
-    is_there = place.is_file() or any(place.glob("*.json"))
-    if is_run(place.parent) and not is_there:
-        steps = [folder.name for folder in step_directories(place.parent)]
-        expected = f"one of {', '.join(steps)}" if steps else "a run that has saved one"
-        raise UserError(
-            f"{place}: no such checkpoint; expected {expected}; check the name, or name the run "
-            "alone"
-        )
-    if place.parts[:1] == ("runs",) and not is_there:
-        runs = sorted(str(run) for run in Path("runs").glob("*") if is_run(run))
-        expected = f"one of {', '.join(runs)}" if runs else "a run that train_gpt2.py has made"
-        raise UserError(f"{place}: no such run; expected {expected}; check the name")
+    refuse_missing(place)
     if is_run(place):
-        return str(checkpoint_to_load(place, warn))
+        return str(checkpoint_to_load(place, names, warn))
     if (place / "manifest.json").exists():
-        fault = fault_of(place, MODEL_FILES)
-        if fault:
-            raise UserError(
-                f"{place}: {fault}; expected the files that its manifest.json lists; use another "
-                "checkpoint of the run"
-            )
+        fault = fault_of(place, names)
+        require(fault is None, f"{fault}; {ANOTHER}")
     return str(place)
 
 
-def checkpoint_to_load(run: Path, warn: Callable[[str], None]) -> Path:
+def checkpoint_to_load(run: Path, names: Iterable[str], warn: Callable[[str], None]) -> Path:
     """The best checkpoint of a run if it keeps one, else the newest whose model is whole."""
     candidates = list(reversed(step_directories(run)))
     best = best_step(run)
-    if best is not None and not best.is_symlink():
+    if best in candidates:
         candidates.insert(0, best)
     for folder in candidates:
-        fault = fault_of(folder, MODEL_FILES)
+        fault = fault_of(folder, names)
         if fault is None:
             return folder
-        warn(f"warning: {folder}: {fault}; using another checkpoint")
+        warn(f"warning: {fault}; using another checkpoint")
     raise UserError(
         f"{run}: no valid checkpoint; expected at least one step directory; train it further with "
         "train_gpt2.py --resume"
     )
 
 
-def load_model(
-    name: str | None, warn: Callable[[str], None] = print, dropout: float = 0.0
-) -> tuple[GPT, tiktoken.Encoding, str]:
-    """The model that `name` stands for (see `resolve_model`), its encoding, and what was picked."""
-    picked = resolve_model(name, warn)
-    model = GPT.from_pretrained(picked, dropout)
-    return model, encoding_of(model.config, picked), picked
-
-
-def describe_model(name: str) -> tuple[GPTConfig, str]:
-    """Shape and encoding of the model that `name` stands for; its weights are not read."""
-    picked = resolve_model(name, lambda line: None)
-    config = read_config(picked)
-    return config, encoding_of(config, picked).name
-
-
-def encoding_of(config: GPTConfig, picked: str) -> tiktoken.Encoding:
-    """The encoding that a model reads: named by its config.json, else known by its vocabulary."""
-    file = Path(picked, "config.json")
-    name = None
-    if file.is_file():
-        name = read_json(file, {"encoding?": (str, type(None))}).get("encoding")
-    if name is not None and name not in ENCODINGS:
+def refuse_missing(place: Path) -> None:
+    """Say what is there, where a run or one of its checkpoints is named that is not."""
+    if place.is_file() or any(place.glob("*.json")):  # a folder without one never became a run
+        return
+    if is_run(place.parent):
+        steps = [folder.name for folder in step_directories(place.parent)]
+        expected = f"one of {', '.join(steps)}" if steps else "a run that has saved one"
         raise UserError(
-            f"{file}: encoding {name[:80]!r}; expected one of {', '.join(ENCODINGS)}; use a model "
-            "that reads one of them"
+            f"{place}: no such checkpoint; expected {expected}; check the name, or name the run "
+            "alone"
         )
-    encoding = encoding_for(config.vocab_size, name, picked)
-    if Path(picked).is_dir():
-        check_tokenizer(Path(picked), encoding)
-    return encoding
+    if place.parts[:1] == ("runs",):  # nothing of that name is looked for on the hub
+        runs = sorted(str(run) for run in Path("runs").glob("*") if is_run(run))
+        expected = f"one of {', '.join(runs)}" if runs else "a run that train_gpt2.py has made"
+        raise UserError(f"{place}: no such run; expected {expected}; check the name")
 
 
-# ------------------------------------------------------------------------------------- tidying
-
-
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; never the best one.
-
-    It is called right after a checkpoint was committed, and damaged ones are set aside when a run
-    is resumed, so at least one valid checkpoint always stays. One that cannot be removed, as on NFS
-    while somebody reads it, is a warning; the next call tries again.
-    """
-    best = best_step(run)
-    for folder in step_directories(run)[:-keep]:
-        if folder == best:
-            continue
-        try:
-            (folder / "manifest.json").unlink(missing_ok=True)  # half-removed, it is never valid
-            remove(folder)
-        except OSError as error:
-            say(f"warning: {error.filename}: not removed ({error.strerror}); training goes on")
-
-
-def remove_if_unused(folder: Path) -> None:
-    """Remove a directory in which no run was begun, as by a start that found no data."""
-    locks = {".lock", ".lock-holder"}
-    with contextlib.suppress(OSError):
-        if set(os.listdir(folder)) <= locks:
-            shutil.rmtree(folder)
-
-
-def set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint, so that it counts no more and a person can look at it."""
-    target = folder.with_name(f"damaged_{folder.name}")
-    remove(target)
-    folder.rename(target)
-
-
-# ----------------------------------------------------------------------------------- log, begin
+# ----------------------------------------------------------------------------------------- log
 
 
 def append(file: Path, line: str, flush_to_disk: bool) -> None:
     """Add a line to a file. An OSError names the file, which a full disk does not do by itself."""
     try:
-        with open(file, "a", encoding="utf-8", opener=without_following_links) as f:
+        with open(file, "a", encoding="utf-8") as f:
             f.write(line)
             f.flush()
             if flush_to_disk:
@@ -667,98 +757,63 @@ def append(file: Path, line: str, flush_to_disk: bool) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from None
 
 
-def without_following_links(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
 def read_log(run: Path) -> Iterator[tuple[bytes, dict | None]]:
     """The lines of log.jsonl, each with the entry that it is, or None where it is not one."""
     file = run / "log.jsonl"
     if not file.exists():
         return
-    for line in read_lines(file):
-        try:
-            entry = json.loads(line.decode())
-        except (ValueError, RecursionError):
-            entry = None
+    for line, entry in read_jsonl(file):
         yield line, entry if is_entry(entry) else None
 
 
-def is_entry(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("event"), str)
-        and type(entry.get("step")) is int
-    )
+def is_entry(entry: dict | None) -> bool:
+    return bool(entry) and type(entry.get("event")) is str and type(entry.get("step")) is int
+
+
+def log_entries(run: Path) -> Iterator[dict]:
+    """What the log tells, without lines that are torn."""
+    return (entry for _, entry in read_log(run) if entry)
+
+
+def lines_up_to(run: Path, step: int) -> tuple[list[bytes], int]:
+    """The log's lines of the first `step` updates, and how many lines of it are torn."""
+    kept = []
+    torn = 0
+    for line, entry in read_log(run):
+        if entry is None:
+            torn += 1
+        elif entry["step"] <= step:
+            kept.append(line + b"\n")
+    return kept, torn
 
 
 def cut_log(run: Path, step: int, warn: Callable[[str], None]) -> None:
     """Cut log.jsonl back to `step`, and drop lines that a crash has torn."""
     file = run / "log.jsonl"
-    damaged = 0
-    kept = []
-    for line, entry in read_log(run):
-        if entry is None:
-            damaged += 1
-        elif entry["step"] <= step:
-            kept.append(line + b"\n")
-    if damaged:
-        warn(f"warning: {file}: left out {damaged} damaged lines")
+    kept, torn = lines_up_to(run, step)
+    if torn:
+        warn(f"warning: {file}: left out {torn} damaged lines")
+    if step > 0 and not kept:
+        warn(f"warning: {file}: nothing is there of the {step} steps before; the curves lack them")
     write_file(file, b"".join(kept))
 
 
-def keep_old_log(run: Path) -> None:
-    """Keep the log of a run that had saved nothing, and so begins anew, under another name."""
+def copy_log(parent: Path, run: Path, step: int) -> None:
+    """Let a fork's log be that of the other run up to `step`."""
+    kept, _ = lines_up_to(parent, step)  # one may be torn: the other run may be writing it
+    write_file(run / "log.jsonl", b"".join(kept))
+
+
+def begin_log(run: Path, say: Callable[[str], None]) -> None:
+    """Begin an empty log. That of a start that saved nothing is kept beside it, until the next."""
     file = run / "log.jsonl"
-    if any(entry for _, entry in read_log(run)):
-        number = 1
-        while os.path.lexists(run / f"log-{number}.jsonl"):
-            number += 1
-        file.rename(run / f"log-{number}.jsonl")
+    if any(log_entries(run)):
+        file.replace(run / "log-old.jsonl")
+        say(f"nothing had been saved in {run}: it begins anew; its log is now log-old.jsonl")
     write_file(file)
 
 
-# The values of a train.json that reach outside of the run directory: to files, to the hub, to a
-# service. A run or a train.json that comes from somebody else must not choose them.
-REACHING_OUT = ("data", "init_from", "wandb")
-
-
-def seal(config: dict) -> str | None:
-    """A mark of these values that nobody else can make: it needs a key that this user keeps.
-
-    None where no key can be kept, as where the home directory cannot be written.
-    """
-    key = seal_key()
-    if key is None:
-        return None
-    values = json.dumps([config[name] for name in REACHING_OUT])
-    return hmac.new(key, values.encode(), "sha256").hexdigest()
-
-
-def is_sealed(file: Path) -> bool:
-    """Whether these values of a train.json were written by this user, on this machine."""
-    config = read_json(file, {name: (str, bool) for name in REACHING_OUT})
-    started = config.get("started")
-    found = started.get("seal") if isinstance(started, dict) else None
-    expected = seal(config)
-    return expected is not None and found == expected
-
-
-def seal_key() -> bytes | None:
-    """The key of this user's seals, made when it is first needed."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    file = Path(state, "pygpt2", "key")
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            # With these flags the file is new, no link is followed, and nobody else can read it.
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w") as f:
-                f.write(secrets.token_hex(32))
-        key = file.read_bytes()
-    except (OSError, RuntimeError):  # the latter where there is no home directory
-        return None
-    return key if len(key) == 64 else None
+# ----------------------------------------------------------------------------------- provenance
 
 
 def provenance(device: torch.device) -> dict:
@@ -778,7 +833,6 @@ def provenance(device: torch.device) -> dict:
         "device": device_name,
         "git_commit": commit,
         "code": hash_of_code(),
-        "job": job_name(),
     }
 
 
@@ -791,9 +845,64 @@ def hash_of_code() -> str:
     return digest.hexdigest()
 
 
-def job_name() -> str | None:
-    """What the processes of one torchrun command have in common, through all their restarts."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name == "none":  # torchrun's default, which every job has: its own process tells them apart
-        return f"torchrun {os.getppid()} on {socket.gethostname()}"
-    return name
+# --------------------------------------------- until model.py and tokens.py have taken these over
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def save_model(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    from model import GPT, GPTConfig
+
+    shape = GPTConfig(
+        config["n_layer"],
+        config["n_head"],
+        config["n_embd"],
+        config["n_positions"],
+        config["vocab_size"],
+        config["dropout"],
+    )
+    with torch.device("meta"):
+        model = GPT(shape)
+    model.load_state_dict(tensors, assign=True)
+    names = ("encoding", "bos_token_id", "eos_token_id")
+    model.save_pretrained(folder, **{name: config[name] for name in names})
+
+
+def load_model(name: str | None, warn: Callable[[str], None] = print, dropout: float = 0.0):
+    from model import GPT
+
+    picked = resolve_model(name, warn)
+    model = GPT.from_pretrained(picked, dropout)
+    return model, encoding_of(model.config, picked), picked
+
+
+def describe_model(name: str):
+    from model import read_config
+
+    picked = resolve_model(name, lambda line: None, ("config.json",))
+    config = read_config(picked)
+    return config, encoding_of(config, picked).name
+
+
+def encoding_of(config, picked: str) -> tiktoken.Encoding:
+    """The encoding that a model reads: named by its config.json, else known by its vocabulary."""
+    from support.shards import ENCODINGS
+    from tokens import encoding_for
+
+    file = Path(picked, "config.json")
+    name = None
+    if file.is_file():
+        name = read_json(file, {"encoding?": (str, type(None))}).get("encoding")
+    if name is not None and name not in ENCODINGS:
+        raise UserError(
+            f"{file}: encoding {name[:80]!r}; expected one of {', '.join(ENCODINGS)}; use a model "
+            "that reads one of them"
+        )
+    encoding = encoding_for(config.vocab_size, name, picked)
+    if Path(picked).is_dir():
+        check_tokenizer(Path(picked), encoding)
+    return encoding
+
+
+def is_regular(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink()

@@ -170,7 +170,7 @@ def final_state(run: Path) -> dict:
     state = {"log": read_log(run), "time in the log rises": time_rises(run), "directory": []}
     for path in sorted(run.iterdir()):
         # The log of a start that had saved nothing yet is kept under such a name.
-        if not path.match("log-*.jsonl"):
+        if path.name != "log-old.jsonl":  # the log of a start that had saved nothing yet
             state["directory"].append(path.name)
     for file in sorted([*run.glob("step_*/*"), *run.glob("best.json")]):
         # A manifest only says again what the other files hold.
@@ -224,12 +224,11 @@ def mark_saves(scratch: Path) -> None:
 
     real = run_directory.commit_checkpoint
 
-    def commit(run, model, encoding, optimizer_tensors, state, keep):
+    def commit(run, *files, state):
         mark = scratch / f"step_{state['step']:06d}"
         mark.touch()
-        target = real(run, model, encoding, optimizer_tensors, state, keep)
+        real(run, *files, state=state)
         mark.unlink()
-        return target
 
     run_directory.commit_checkpoint = commit
 

@@ -18,9 +18,6 @@ torch.set_num_threads(1)
 
 from tools import fill_tiktoken_cache  # noqa: E402
 
-STATE = tempfile.TemporaryDirectory(prefix="state_")  # of the key in run_directory.seal_key
-os.environ["XDG_STATE_HOME"] = STATE.name
-
 hypothesis.settings.register_profile("untimed", deadline=None)  # this machine may be busy
 hypothesis.settings.load_profile("untimed")
 

@@ -33,7 +33,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -63,13 +62,13 @@ TINY_FLAGS = """
 
 
 def build(root: Path) -> None:
-    """A run of two checkpoints with its user's key, a model without a manifest, and corpora of
+    """A run of two checkpoints, a model without a manifest, and corpora of
     every format: finished, interrupted, and of a text."""
     torch.manual_seed(0)
     data = write_bytes_data(root / "data")
     (root / "runs").mkdir()
     quiet = contextlib.redirect_stdout(open(os.devnull, "w"))  # noqa: SIM115
-    with quiet, contextlib.redirect_stderr(sys.stdout), key_in(root):
+    with quiet, contextlib.redirect_stderr(sys.stdout):
         code = run_main(
             train_gpt2.main, "--data", data, *TINY_FLAGS.split(), "--out", root / "runs" / "r"
         )
@@ -98,11 +97,6 @@ def build(root: Path) -> None:
     item = {"ctx": "a b", "endings": ["c", "d", "e", "f"], "label": 1, "activity_label": "g"}
     (root / "items").mkdir()
     (root / "items/items.jsonl").write_text((json.dumps(item) + "\n") * 3)
-
-
-def key_in(root: Path) -> contextlib.AbstractContextManager:
-    """The user's key of seals is kept beside the run."""
-    return mock.patch.dict(os.environ, XDG_STATE_HOME=str(root / "runs/state"))
 
 
 def prepare_text(root: Path) -> Path:
@@ -277,22 +271,16 @@ def continue_run(root: Path, warn: Callable) -> str:
     """What --resume does, in its order, up to the first step."""
     folder = root / "runs/r"
     args = ["--out", str(folder), "--resume"]
-    with key_in(root):
-        config, _ = train_gpt2.config_of_command_line(args)
+    config, _ = train_gpt2.config_of_command_line(args)
     with RunDirectory(folder, config.total_batch_tokens, writes=True, say=warn) as run:
         run.claim(may_hold_run=True)
-        checkpoint = run.newest_checkpoint()
+        checkpoint = run.load_newest()
         if checkpoint is None:
             return "none"
-        model, encoding, _ = load_model(str(checkpoint), warn)
-        optimizer = train_gpt2.make_optimizer(model, config)
-        state = run_directory.read_state(checkpoint)
-        run.continue_from(state, run.events_of(state["step"]))
-        tensors = run_directory.read_optimizer_tensors(checkpoint)
-        train_gpt2.load_optimizer_tensors(model, optimizer, tensors, state["step"])
+        run.continue_from(checkpoint)
         run.lowest_validation_loss()
         run_directory.prune(folder, keep=5)
-        return f"{state['step']} {digest(dict(model.named_parameters()))} {digest(tensors)}"
+        return f"{checkpoint.step} {digest(checkpoint.weights)} {digest(checkpoint.moments)}"
 
 
 def draw(root: Path, warn: Callable) -> str:

@@ -12,15 +12,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from chaos import differences, final_state, hold_up_the_commit, run_ranks, start_ranks
 from tools import start_script, write_bytes_data
 
 import train_gpt2
 from support import run_directory
+from support.run_directory import RunDirectory
 from support.spikes import SpikeGuard
 
 FLAGS = """
@@ -152,10 +153,10 @@ def test_kill_9_during_a_background_save_loses_nothing_that_a_resume_does_not_ma
 def die_before_the_last_pruning() -> None:
     real = run_directory.prune
 
-    def prune_or_die(run, keep):
+    def prune_or_die(run, keep, spare):
         if (run / "step_000008").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        real(run, keep)
+        real(run, keep, spare)
 
     run_directory.prune = prune_or_die
 
@@ -176,18 +177,23 @@ def test_kill_9_before_the_last_pruning_leaves_no_checkpoint_too_many(data, tmp_
 # continued with one item left out, and then it must not end as an undisturbed one does.
 
 
+def change_what_is_loaded(change) -> None:
+    real = RunDirectory.load_newest
+    RunDirectory.load_newest = lambda run: change(real(run))
+
+
 def forget_a_tensor(kind: str) -> None:
-    real = run_directory.read_optimizer_tensors
+    def forget(checkpoint):
+        moments = checkpoint.moments
+        assert any(name.endswith(kind) for name in moments)
+        zeros = {name: moments[name] * 0 for name in moments if name.endswith(kind)}
+        return replace(checkpoint, moments=moments | zeros)
 
-    def read(folder):
-        tensors = real(folder)
-        assert any(name.endswith(kind) for name in tensors)
-        return {
-            name: torch.zeros_like(tensor) if name.endswith(kind) else tensor
-            for name, tensor in tensors.items()
-        }
+    change_what_is_loaded(forget)
 
-    run_directory.read_optimizer_tensors = read
+
+def change_the_state(**values) -> None:
+    change_what_is_loaded(lambda checkpoint: replace(checkpoint, state=checkpoint.state | values))
 
 
 def forget_exp_avg() -> None:
@@ -232,17 +238,15 @@ def begin_the_schedule_anew() -> None:
 
 
 def forget_the_step() -> None:
-    real = run_directory.read_state
-    run_directory.read_state = lambda folder: real(folder) | {"step": 5}
+    change_the_state(step=5)
 
 
 def forget_the_time() -> None:
-    real = run_directory.read_state
-    run_directory.read_state = lambda folder: real(folder) | {"elapsed": 0.0}
+    change_the_state(elapsed=0.0)
 
 
 def forget_the_lowest_loss() -> None:
-    train_gpt2.RunDirectory.lowest_validation_loss = lambda run: float("inf")
+    RunDirectory.lowest_validation_loss = lambda run: float("inf")
 
 
 def forget_losses() -> None:
@@ -260,7 +264,7 @@ def leave_the_log_as_it_is() -> None:
 
 
 def forget_what_was_logged() -> None:
-    train_gpt2.RunDirectory.has_logged = lambda run, event, step: False
+    RunDirectory.has_logged = lambda run, event, step: False
 
 
 def leave_half_written_files() -> None:
@@ -478,7 +482,7 @@ def test_a_run_whose_process_was_killed_can_be_resumed_at_once(data, tmp_path):
         first.kill()
     with start_ranks(1, ["--out", run, "--resume", *FOREVER], tmp_path / "second") as second:
         # Nothing had been saved, so the second one puts the first one's log aside.
-        wait_until(lambda: not second.running() or (run / "log-1.jsonl").exists())
+        wait_until(lambda: not second.running() or (run / "log-old.jsonl").exists())
         wait_until(lambda: not second.running() or steps_logged(run) >= 1)
         assert second.running()
 

@@ -524,7 +524,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_found_by_name(run, name, resume):
     file.write_bytes(content)
     ended = resume()
     assert ended.code == 0
-    assert f"{name} is damaged" in ended.out + ended.err
+    assert f"{name}: damaged" in ended.out + ended.err
 
 
 @pytest.mark.parametrize("flips", [False, True])

@@ -302,8 +302,7 @@ def test_a_checkpoint_has_these_files(finished):
 def test_train_json_says_when_and_with_what_the_run_was_started(finished):
     started = json.loads((finished / "train.json").read_text())["started"]
     assert started["torch"] == torch.__version__
-    keys = {"date", "torch", "device", "git_commit", "code", "job", "seal"}
-    assert started.keys() == keys
+    assert started.keys() == {"date", "torch", "device", "git_commit", "code"}
 
 
 def test_a_second_bare_run_gets_the_next_directory(data, in_tmp):
@@ -524,7 +523,7 @@ def test_a_resumed_run_without_a_checkpoint_keeps_its_old_log(data, in_tmp, monk
         assert train("--data", data, *TINY, "--save-every", 0, "--out", "r") == 143
     old_log = Path("r/log.jsonl").read_bytes()
     assert train("--out", "r", "--resume") == 0
-    assert Path("r/log-1.jsonl").read_bytes() == old_log
+    assert Path("r/log-old.jsonl").read_bytes() == old_log
     assert steps_of(Path("r"), "train") == list(range(1, 21))
 
 
@@ -536,7 +535,7 @@ def test_resume_uses_the_newest_checkpoint_that_verifies_and_sets_newer_ones_asi
     weights.write_bytes(weights.read_bytes()[:-1])
     assert train("--out", "r", "--resume") == 0
     out = capfd.readouterr().out
-    assert "model.safetensors is damaged" in out
+    assert "model.safetensors: damaged" in out
     assert "continuing after step 10" in out
     assert losses(copy) == expected
     assert (copy / "damaged_step_000020/model.safetensors").exists()
@@ -625,30 +624,6 @@ def test_a_train_json_without_a_value_is_refused(copy, in_tmp, capfd):
     (copy / "train.json").write_text(json.dumps(values))
     assert train("--out", "r", "--resume") == 2
     assert "learning_rate" in last_error(capfd)
-
-
-# ------------------------------------------------------------------ restarts under torchrun
-
-
-def test_a_restart_by_torchrun_continues_the_run_that_its_job_began(
-    data, in_tmp, monkeypatch, capfd
-):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
-    assert train("--data", data, *TINY, "--out", "r") == 0
-    shutil.rmtree("r/step_000020")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    capfd.readouterr()
-    assert train("--data", data, *TINY, "--out", "r") == 0
-    assert "continuing after step 10" in capfd.readouterr().out
-
-
-def test_a_failed_start_that_torchrun_restarts_does_not_report_the_old_runs_success(
-    data, copy, in_tmp, monkeypatch, capfd
-):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another-job")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train("--data", data, *TINY, "--out", "r") == 2
-    assert "r: holds a run" in last_error(capfd)
 
 
 # ------------------------------------------------------------------------- faults of a training
@@ -901,21 +876,6 @@ def rewrite_state(run: Path, step: Path, change) -> None:
     (step / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize(
-    "spikes, message",
-    [
-        ({"left_out": -1}, "-1 updates left out"),
-        ({"left_out": 11}, "11 updates left out"),
-        ({"losses": [1e300] * 128}, "a loss of 1e+300"),
-    ],
-)
-def test_what_no_run_can_have_seen_of_spikes_is_refused(copy, in_tmp, capfd, spikes, message):
-    shutil.rmtree("r/step_000020")
-    rewrite_state(Path("r"), Path("r/step_000010"), lambda state: state["spikes"].update(spikes))
-    assert train("--out", "r", "--resume") == 2
-    assert f"state.json: {message}" in capfd.readouterr().out
-
-
 # ------------------------------------------------------------------------------------ eval-only
 
 
@@ -1056,26 +1016,12 @@ def test_hellaswag_is_suggested_for_models_that_read_words(encoding, is_named):
     assert ("  python hellaswag.py --model r" in lines) == is_named
 
 
-@pytest.mark.parametrize(
-    "environment, is_refused",
-    [
-        ({}, True),
-        ({"TORCHELASTIC_RUN_ID": "run1"}, False),
-        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, False),
-        ({"GROUP_WORLD_SIZE": "1"}, False),
-    ],
-)
-def test_restarts_on_several_machines_need_a_name_of_the_job(
-    data, in_tmp, monkeypatch, capfd, environment, is_refused
-):
-    several = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_MAX_RESTARTS": "3"}
-    for name, value in (several | {"GROUP_WORLD_SIZE": "2"} | environment).items():
-        monkeypatch.setenv(name, value)
+def test_a_job_that_may_restart_names_its_run(data, in_tmp, monkeypatch, capfd):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     flags = ("--data", data, *TINY, "--max-steps", 1, "--eval-every", 0, "--out", "r")
-    assert train(*flags) == (2 if is_refused else 0)
-    assert ("--max-restarts 3 on several machines" in capfd.readouterr().err) == is_refused
-    if is_refused:
-        assert train(*flags, "--resume") == 0
+    assert train(*flags) == 2
+    assert "--max-restarts 3 without --resume" in last_error(capfd)
+    assert train(*flags, "--resume") == 0
 
 
 def test_an_out_directory_with_a_run_is_refused(data, copy, in_tmp, capfd):
