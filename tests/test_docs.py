@@ -15,8 +15,7 @@ import figures  # noqa: E402
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
-# Files that a reader would have, or that belong to other projects.
-ELSEWHERE = {"sitecustomize.py"}
+OF_OTHER_PROJECTS = {"convert_hf_to_gguf.py"}
 
 
 def names_in(file: Path) -> set[str]:
@@ -59,8 +58,18 @@ def test_a_name_in_a_link_to_code_is_in_that_file(page):
 
 @pages
 def test_python_files_that_are_named_exist(page):
-    for name in re.findall(r"[`/ ]((?:\w+/)*\w+\.py)\b", page.read_text()):
-        assert (ROOT / name).exists() or name in ELSEWHERE, name
+    """By their path from the repository's folder; those in tests/ also by their name alone."""
+    for name in re.findall(r"[`/ (]((?:\w+/)*\w+\.py)\b", page.read_text()):
+        exists = any((folder / name).exists() for folder in (ROOT, ROOT / "tests", page.parent))
+        assert exists or name in OF_OTHER_PROJECTS, name
+
+
+@pages
+def test_tests_that_are_named_exist(page):
+    """A name may be cut short by …"""
+    tests = set().union(*(names_in(file) for file in (ROOT / "tests").glob("*.py")))
+    for name, cut in re.findall(r"`(test_\w+)(…?)`", page.read_text()):
+        assert name in tests or (cut and any(test.startswith(name) for test in tests)), name
 
 
 @pages
