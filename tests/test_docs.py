@@ -59,7 +59,7 @@ def test_a_name_in_a_link_to_code_is_in_that_file(page):
 @pages
 def test_python_files_that_are_named_exist(page):
     """By their path from the repository's folder; those in tests/ also by their name alone."""
-    for name in re.findall(r"[`/ (]((?:\w+/)*\w+\.py)\b", page.read_text()):
+    for name in re.findall(r"(?<![\w./-])((?:\w+/)*\w+\.py)\b", page.read_text()):
         exists = any((folder / name).exists() for folder in (ROOT, ROOT / "tests", page.parent))
         assert exists or name in OF_OTHER_PROJECTS, name
 
