@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import tiktoken
 import torch
@@ -52,7 +53,7 @@ from support.files import (
     sync,
     write_file,
 )
-from support.huggingface import check_tokenizer, save_tokenizer
+from support.huggingface import save_tokenizer
 from support.ranks import Ranks
 from support.script import Stopped, UserError, require, say
 
@@ -889,7 +890,7 @@ def describe_model(name: str):
 def encoding_of(config, picked: str) -> tiktoken.Encoding:
     """The encoding that a model reads: named by its config.json, else known by its vocabulary."""
     from support.shards import ENCODINGS
-    from tokens import encoding_for
+    from tokens import encoding_of
 
     file = Path(picked, "config.json")
     name = None
@@ -900,10 +901,7 @@ def encoding_of(config, picked: str) -> tiktoken.Encoding:
             f"{file}: encoding {name[:80]!r}; expected one of {', '.join(ENCODINGS)}; use a model "
             "that reads one of them"
         )
-    encoding = encoding_for(config.vocab_size, name, picked)
-    if Path(picked).is_dir():
-        check_tokenizer(Path(picked), encoding)
-    return encoding
+    return encoding_of(SimpleNamespace(config=config, encoding_name=name), picked)
 
 
 def is_regular(file: Path) -> bool:
