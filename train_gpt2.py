@@ -742,19 +742,15 @@ def save(step: int, training: Training) -> None:
     training.rt.check_equal(
         [*training.model.parameters(), *moments], f"step {step}: weights or moments"
     )
-    shape = training.model.config
     end_of_text = training.encoding.eot_token
-    saved_config = asdict(shape) | {
-        "n_positions": shape.block_size,
-        "encoding": training.encoding.name,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-    }
+    saved_config, weights = training.model.saved_form(
+        encoding=training.encoding.name, bos_token_id=end_of_text, eos_token_id=end_of_text
+    )
     save_on_main = functools.partial(
         run.save,
         step,
         saved_config,
-        dict(training.model.named_parameters()),
+        weights,
         state_tensors(training.model, training.optimizer),
         training.encoding,
         state={

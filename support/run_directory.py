@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import tiktoken
 import torch
@@ -53,7 +52,13 @@ from support.files import (
     sync,
     write_file,
 )
-from support.huggingface import save_tokenizer
+from support.huggingface import (
+    TRANSPOSED,
+    check_tokenizer,
+    read_config,
+    save_model,
+    save_tokenizer,
+)
 from support.ranks import Ranks
 from support.script import Stopped, UserError, require, say
 
@@ -186,21 +191,46 @@ class RunDirectory:
     def load_newest(self) -> Checkpoint | None:
         """Go back to the newest valid checkpoint; None where nothing was saved.
 
-        A fork that has saved nothing goes back to the checkpoint that it began with. The log is
-        cut back to the checkpoint's step: what came after it is trained and logged again. Newer
-        checkpoints, which are damaged, are set aside, so that they are never counted again.
+        A fork that has saved nothing goes back to the checkpoint that it began with. Newer
+        checkpoints, which are damaged, are set aside, so that they are never counted again. The
+        log is cut back to the checkpoint's step: what came after it is trained and logged again.
         """
         remove_leftovers(self.folder)
         read_best(self.folder)  # what is wrong with it is said now, not at the first save
         checkpoint = newest_valid(self.folder, self.say)
         if checkpoint is None:
-            return go_back_to_origin(self.folder, self.say)
+            return self._load_origin()
         check_train_json(checkpoint)
         for folder in step_directories(self.folder):
             if step_number(folder) > checkpoint.step:
                 set_aside(folder)
         cut_log(self.folder, checkpoint.step, self.say)
         return with_events(checkpoint)
+
+    def _load_origin(self) -> Checkpoint | None:
+        if step_directories(self.folder):
+            raise UserError(
+                f"{self.folder}: none of its checkpoints is valid; expected at least one to "
+                "continue from; restore one, or start a new run in another directory"
+            )
+        saved = [entry["step"] for entry in log_entries(self.folder) if entry["event"] == "save"]
+        origin = read_origin(self.folder)
+        if origin is None:
+            if saved:
+                self.say(
+                    f"warning: {self.folder}: no checkpoint is there, although the log tells of "
+                    f"one at step {max(saved)}; the run begins again at step 0"
+                )
+            return None
+        checkpoint = checkpoint_of(Path(origin["run"], step_name(origin["step"])), self.say)
+        if checkpoint.weights_sha256 != origin["weights"]:
+            raise UserError(
+                f"{checkpoint.folder}: other weights than those that {self.folder} was forked "
+                "from; expected that checkpoint, since the fork has saved none of its own; "
+                "restore it, or fork again into another directory"
+            )
+        copy_log(Path(origin["run"]), self.folder, origin["step"])
+        return checkpoint
 
     def continue_from(self, checkpoint: Checkpoint) -> None:
         """Take over step, tokens and time of a checkpoint, of this run or of one that is forked."""
@@ -400,7 +430,7 @@ def write_checkpoint_files(
     file = folder / WEIGHTS
     try:
         save_model(folder, config, weights)
-        save_tokenizer(encoding, folder, config["n_positions"])
+        save_tokenizer(encoding, folder, config["block_size"])
         file = folder / MOMENTS
         save_file(moments, file)
     except SafetensorError as error:  # it is raised for a full disk too, and names no file
@@ -575,33 +605,6 @@ def checkpoint_of(place: Path, warn: Callable[[str], None]) -> Checkpoint:
         checkpoint = load_checkpoint(place)
     check_train_json(checkpoint)
     return with_events(checkpoint)
-
-
-def go_back_to_origin(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Where a run without a valid checkpoint goes on: a fork where it began, others at step 0."""
-    require(
-        not step_directories(run),
-        f"{run}: none of its checkpoints is valid; expected at least one to continue from; restore "
-        "one, or start a new run in another directory",
-    )
-    saved = [entry["step"] for entry in log_entries(run) if entry["event"] == "save"]
-    origin = read_origin(run)
-    if origin is None:
-        if saved:
-            say(
-                f"warning: {run}: no checkpoint is there, although the log tells of one at step "
-                f"{max(saved)}"
-            )
-        return None
-    parent = Path(origin["run"])
-    checkpoint = checkpoint_of(parent / step_name(origin["step"]), say)
-    require(
-        checkpoint.weights_sha256 == origin["weights"],
-        f"{checkpoint.folder}: other weights than {run} was forked from; expected that checkpoint, "
-        "since the fork has saved none of its own; restore it, or fork into another directory",
-    )
-    copy_log(parent, run, checkpoint.step)
-    return checkpoint
 
 
 def read_state(folder: Path) -> dict:
@@ -812,7 +815,7 @@ def begin_log(run: Path, say: Callable[[str], None]) -> None:
     file = run / "log.jsonl"
     if any(log_entries(run)):
         file.replace(run / "log-old.jsonl")
-        say(f"{run} begins at step 0 again; its log up to here is now log-old.jsonl")
+        say(f"nothing had been saved in {run}: it begins anew; its log is now log-old.jsonl")
     write_file(file)
 
 
@@ -850,26 +853,6 @@ def hash_of_code() -> str:
 
 # --------------------------------------------- until model.py and tokens.py have taken these over
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def save_model(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
-    from model import GPT, GPTConfig
-
-    shape = GPTConfig(
-        config["n_layer"],
-        config["n_head"],
-        config["n_embd"],
-        config["n_positions"],
-        config["vocab_size"],
-        config["dropout"],
-    )
-    with torch.device("meta"):
-        model = GPT(shape)
-    model.load_state_dict(tensors, assign=True)
-    names = ("encoding", "bos_token_id", "eos_token_id")
-    model.save_pretrained(folder, **{name: config[name] for name in names})
-
 
 def load_model(name: str | None, warn: Callable[[str], None] = print, dropout: float = 0.0):
     from model import GPT
@@ -880,17 +863,18 @@ def load_model(name: str | None, warn: Callable[[str], None] = print, dropout: f
 
 
 def describe_model(name: str):
-    from model import read_config
+    from model import GPTConfig
+    from support.network import sizes_of
 
     picked = resolve_model(name, lambda line: None, ("config.json",))
-    config = read_config(picked)
+    config = sizes_of(read_config(picked), GPTConfig, picked)
     return config, encoding_of(config, picked).name
 
 
 def encoding_of(config, picked: str) -> tiktoken.Encoding:
     """The encoding that a model reads: named by its config.json, else known by its vocabulary."""
     from support.shards import ENCODINGS
-    from tokens import encoding_of
+    from tokens import encoding_for
 
     file = Path(picked, "config.json")
     name = None
@@ -901,7 +885,10 @@ def encoding_of(config, picked: str) -> tiktoken.Encoding:
             f"{file}: encoding {name[:80]!r}; expected one of {', '.join(ENCODINGS)}; use a model "
             "that reads one of them"
         )
-    return encoding_of(SimpleNamespace(config=config, encoding_name=name), picked)
+    encoding = encoding_for(config.vocab_size, name, picked)
+    if Path(picked).is_dir():
+        check_tokenizer(Path(picked), encoding)
+    return encoding
 
 
 def is_regular(file: Path) -> bool:

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 
 from model import (
     GPT,
-    LOSS_ROWS,
     SIZES,
-    TRANSPOSED,
     GPTConfig,
     KVCache,
     LinearCrossEntropy,
     NextTokenLoss,
 )
+from support.huggingface import TRANSPOSED
+from support.runtime import LOGIT_ROWS
 from support.script import UserError
 
 SHAPES = [
@@ -171,11 +171,11 @@ def test_no_token_sees_the_future():
 @pytest.mark.parametrize(
     "sizes, found",
     [
-        ({"n_embd": 30, "n_head": 4}, "with 4 heads use n_embd 32"),
-        ({"n_embd": 3, "n_head": 8}, "with 8 heads use n_embd 8"),
-        ({"n_head": 0}, "n_head 0; expected 1 to"),
-        ({"n_layer": 10**9}, "n_layer 1000000000; expected 1 to"),
-        ({"vocab_size": 10**18}, "vocab_size 1000000000000000000; expected 1 to"),
+        ({"n_embd": 30, "n_head": 4}, "use n_embd 32"),
+        ({"n_embd": 3, "n_head": 8}, "use n_embd 8"),
+        ({"n_head": 0}, "--n-head 0: expected at least 1"),
+        ({"n_layer": 10**9}, "--n-layer 1000000000: expected at least 1 and at most 400"),
+        ({"vocab_size": 10**18}, "--vocab-size 1000000000000000000: expected"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused(sizes, found):
@@ -189,7 +189,7 @@ def test_a_context_can_only_shrink():
     expected = model(x)
     model.crop_context(16)
     assert model.config.block_size == 16 and torch.equal(model(x), expected)
-    with pytest.raises(UserError, match="a context of 17 tokens; expected at most 16"):
+    with pytest.raises(UserError, match="a context of 17 tokens; expected at most the 16"):
         model.crop_context(17)
 
 
@@ -225,8 +225,8 @@ def reference(x, weight, targets):
 
 @pytest.mark.parametrize("chunk, multiple", [(1024, 1), (7, 1), (1024, 64), (7, 64)])
 def test_chunks_and_padding_change_nothing(monkeypatch, chunk, multiple):
-    monkeypatch.setitem(LOSS_ROWS, "cpu", chunk)
-    monkeypatch.setattr("model.LOSS_ALIGNMENT", multiple)
+    monkeypatch.setitem(LOGIT_ROWS, "cpu", chunk)
+    monkeypatch.setattr("model.PAD_VOCABULARY_TO", multiple)
     x, weight = torch.randn(30, 16, requires_grad=True), torch.randn(257, 16, requires_grad=True)
     targets = torch.randint(257, (30,))
     loss = LinearCrossEntropy.apply(x, weight, targets, True)
