@@ -223,6 +223,14 @@ def listed(folder: Path) -> tuple[str, list[Shard]]:
     return _encoding_of(shards), shards
 
 
+def holds_tokens(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a corpus: whether it holds token files or a manifest, finished or not."""
+    if not os.path.isdir(folder):
+        return False
+    manifests = ("manifest.json", "manifest.partial.json")
+    return any(name.endswith(SUFFIXES) or name in manifests for name in os.listdir(folder))
+
+
 def token_files(folder: Path) -> list[str]:
     """The names of a directory's token files in order. Hidden files are what a copy has left."""
     names = [name for name in os.listdir(folder) if name.endswith(SUFFIXES) and name[0] != "."]

@@ -19,6 +19,7 @@ from support.shards import (
     Shard,
     add_downloaded_shard,
     fingerprint,
+    holds_tokens,
     listed,
     verify,
     write_shard,
@@ -36,6 +37,16 @@ def test_the_format_is_that_of_llm_c(tmp_path):
     assert header[:3] == (20240520, 1, 3) and not any(header[3:])
     assert struct.unpack("<3H", body) == (1, 2, 50256)
     assert entry == {"name": "a.bin", "tokens": 3, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_folder_holds_tokens_or_not(tmp_path):
+    assert not holds_tokens(tmp_path) and not holds_tokens(tmp_path / "missing")
+    (tmp_path / "a.txt").touch()
+    assert not holds_tokens(tmp_path) and not holds_tokens(tmp_path / "a.txt")
+    for name in ("manifest.partial.json", "manifest.json", "a.bin", "a.npy", "a.ds"):
+        (tmp_path / name).touch()
+        assert holds_tokens(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_verify_reads_everything(tmp_path):
