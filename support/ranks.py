@@ -8,6 +8,7 @@ is what they tell each other from then on. `GradientTree` sums gradients in a fi
 import contextlib
 import datetime
 import os
+import re
 import secrets
 import signal
 import socket
@@ -28,6 +29,8 @@ MEETING_SECONDS = 300  # how long a rank waits for the others to come
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)  # how long it waits for them from then on
 PATIENCE = datetime.timedelta(days=1)  # and for what rank 0 does alone
 FIRST_WORD_SECONDS = 30  # after which it says so, and again whenever ten times as long has passed
+
+ANSWER_SECONDS = 3  # how long a rank may take to answer when another one is lost
 
 WHAT_TO_CHECK = "see the table of symptoms in docs/scaling.md"
 
@@ -291,33 +294,37 @@ def place() -> tuple[int, int]:
 
     torchrun says them in RANK and WORLD_SIZE.
     """
-    refuse_launchers_without_ranks()
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+            take_place_from_slurm()
+        for launcher, name in (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpiexec", "PMI_SIZE")):
+            tasks = os.environ.get(name, "1")  # each would take itself for the only one
+            require(
+                tasks == "1",
+                f"{launcher} has started {tasks} processes, without RANK and WORLD_SIZE; expected "
+                "torchrun, which sets them; where each process shall be a run of its own, set "
+                "WORLD_SIZE=1",
+            )
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    numbers = rank.isdecimal() and world_size.isdecimal()
+    are_numbers = rank.isdecimal() and world_size.isdecimal()
     require(
-        numbers and int(rank) < int(world_size),
+        are_numbers and int(rank) < int(world_size),
         f"RANK is {rank!r}, and WORLD_SIZE is {world_size!r}; expected ranks from 0 to WORLD_SIZE "
         "- 1; start the ranks with torchrun, which sets both, or unset both",
     )
     return int(rank), int(world_size)
 
 
-def refuse_launchers_without_ranks() -> None:
-    """Slurm and MPI start many processes, and each would take itself for the only one."""
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        return
-    for launcher, name in (
-        ("srun", "SLURM_STEP_NUM_TASKS"),
-        ("mpirun", "OMPI_COMM_WORLD_SIZE"),
-        ("mpiexec", "PMI_SIZE"),
-    ):
-        tasks = os.environ.get(name, "1")
-        require(
-            tasks == "1",
-            f"{launcher} has started {tasks} processes, without torchrun; expected one torchrun on "
-            "each node, which starts the ranks; see docs/scaling.md, section Slurm; where each "
-            "process shall be a run of its own, set WORLD_SIZE=1",
-        )
+def take_place_from_slurm() -> None:
+    """Say in torchrun's words where srun has put this process: each task is a rank."""
+    slurm = os.environ
+    # The first host of a list such as gpu[07-09,12],cpu1.
+    name, number = re.match(r"([^,\[]+)(?:\[(\w+))?", slurm["SLURM_STEP_NODELIST"]).groups()
+    slurm["RANK"] = slurm["SLURM_PROCID"]
+    slurm["WORLD_SIZE"] = slurm["SLURM_STEP_NUM_TASKS"]
+    slurm["LOCAL_RANK"] = slurm["SLURM_LOCALID"]
+    slurm.setdefault("MASTER_ADDR", name + (number or ""))
+    slurm.setdefault("MASTER_PORT", str(15_000 + int(slurm["SLURM_JOB_ID"]) % 15_000))
 
 
 def require_named_run(out: str, resume: bool) -> None:
@@ -366,13 +373,36 @@ def join(device: torch.device) -> dist.ProcessGroup:
                 timeout=COLLECTIVE_TIMEOUT,
                 device_id=device_id,
             )
-            return dist.new_group(backend="gloo", timeout=PATIENCE)
+            patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         except RuntimeError as error:
             raise UserError(
                 f"rank {rank} on {socket.gethostname()} has no connection to the other ranks "
                 f"({first_line(error)}); expected each machine to reach all others; name the "
                 f"network with GLOO_SOCKET_IFNAME, and {WHAT_TO_CHECK}"
             ) from None
+    script.who_is_lost = lambda: lost_ranks(rank, world_size, patient)
+    return patient
+
+
+def lost_ranks(rank: int, world_size: int, group: dist.ProcessGroup) -> str:
+    """Which ranks no longer answer, asked by one whose collective has failed.
+
+    The connection to a process that has died is closed. The others ask, too, and thereby answer.
+    """
+    words = {}
+    closed = []
+    for other in range(world_size):
+        if other == rank:
+            continue
+        try:
+            dist.isend(torch.zeros(1), other, group)
+            words[other] = dist.irecv(torch.zeros(1), other, group)
+        except RuntimeError:
+            closed.append(other)
+    if not closed:
+        time.sleep(ANSWER_SECONDS)
+    lost = closed or [other for other, word in words.items() if not word.is_completed()]
+    return f"rank {', '.join(map(str, lost))}" if lost else "another rank"
 
 
 def address_of_store() -> tuple[str, int]:

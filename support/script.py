@@ -304,6 +304,7 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
         main()
         _leave_ranks()
     except (Exception, KeyboardInterrupt, Stopped, SystemExit) as error:
+        handle_stop_signals(lambda signum, frame: None)  # it ends already
         code, message = exit_code_and_message(error, out_of_memory)
         message = message.replace("\n", "\\n")  # the name of a file may have more lines
         if code == 1:
@@ -311,8 +312,9 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
         told_torchrun = _tell_torchrun(message)
         if message and not (told_torchrun and _first_rank_says_it(error)):
             _write_message(with_rank(message) if code == 2 else message)
-        at_once = isinstance(error, Stopped) and error.at_once
-    handle_stop_signals(lambda signum, frame: None)  # it ends already, and its code is settled
+        # While a rank ends in good order gloo's threads, whose peers have gone, may abort it.
+        at_once = "RANK" in os.environ or (isinstance(error, Stopped) and error.at_once)
+    handle_stop_signals(lambda signum, frame: None)  # its code is settled
     _close_output()
     if at_once:
         os._exit(code)
@@ -375,9 +377,10 @@ def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int
     if isinstance(error, SystemExit):  # of the command line's reader, which has said why
         return error.code or 0, ""
     if has_lost_contact(error):
-        reason = str(error).partition("\n")[0]
+        # gloo begins with a place in its source, and ends with advice.
+        reason = re.sub(r"^\[\S+\] |\. This is .*", "", str(error).partition("\n")[0])
         rank = os.environ.get("RANK", "0")
-        found = f"error: rank {rank} has lost another rank ({reason})"
+        found = f"error: rank {rank} has lost {who_is_lost()} ({reason})"
         return 2, f"{found}; expected all to stay; look for what the others said before they ended"
     # The reader has gone, as in `python sample.py | head`. Of a file it is Lustre's ESHUTDOWN.
     if isinstance(error, BrokenPipeError) and not error.filename:
@@ -413,6 +416,11 @@ def what_the_machine_lacks(error: BaseException, out_of_memory: str) -> str:
         remedy = "install one (on Debian with apt install g++), or use --no-compile"
         return f"error: torch.compile: {reason}; expected a working C++ compiler; {remedy}"
     return ""
+
+
+def who_is_lost() -> str:
+    """Whom this rank has lost. support/ranks.py puts a function here that asks the others."""
+    return "another rank"
 
 
 def has_lost_contact(error: BaseException) -> bool:

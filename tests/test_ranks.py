@@ -226,6 +226,19 @@ def test_a_place_among_the_ranks(monkeypatch, environment, place):
 
 
 @pytest.mark.parametrize(
+    "nodes, first", [("n1", "n1"), ("gpu[07-09,12],cpu1", "gpu07"), ("a,b[1-2]", "a")]
+)
+def test_a_task_of_srun_is_a_rank(monkeypatch, nodes, first):
+    task = {"PROCID": "5", "STEP_NUM_TASKS": "8", "LOCALID": "1", "JOB_ID": "30007"}
+    task["STEP_NODELIST"] = nodes
+    set_place(monkeypatch, {f"SLURM_{name}": value for name, value in task.items()})
+    with mock.patch.dict(os.environ):
+        assert ranks.place() == (5, 8)
+        assert ranks.address_of_store() == (first, 15007)
+        assert os.environ["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(
     "environment, message",
     [
         ({"RANK": "1"}, "RANK is '1', and WORLD_SIZE is '1'"),
