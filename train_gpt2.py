@@ -63,7 +63,7 @@ from support.optimizer import (
 )
 from support.plan import flops_per_token, parameters, plan, plan_time
 from support.plot import draw_curves
-from support.ranks import GradientTree, check_tree
+from support.ranks import GradientTree, check_tree, require_named_run
 from support.run_directory import Checkpoint, RunDirectory
 from support.runtime import Runtime, multiplies_bfloat16, peak_flops, peak_memory, start
 from support.script import (
@@ -1441,6 +1441,7 @@ def config_of_command_line(args: list[str]) -> tuple[TrainConfig, str]:
     else a recipe, with the shape of the model that --init-from names, if it is given.
     """
     source = parse_source_flags(args)
+    require_named_run(source.out, source.resume)
     recipe, why = choose_recipe(source)
     out = ""
     if source.resume:

@@ -8,23 +8,21 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from tools import ROOT, read_log, run_python, torchrun, write_bytes_data
 
-from support import ranks, script
 from support.huggingface import save_tokenizer
-from support.script import UserError
 from tokens import TokenData, get_encoding, open_data
 
 BIN = Path(sys.executable).parent  # where torchrun is
@@ -97,21 +95,30 @@ def start_agent(command: list[str], output, env: dict | None = None) -> subproce
     )
 
 
-def agent_command(port: int, nodes: str, arguments: list[str]) -> list[str]:
-    """One of several agents that meet at a port of this machine, with one worker each."""
-    return [
-        BIN / "torchrun",
-        f"--nnodes={nodes}",
-        "--nproc-per-node=1",
-        "--max-restarts=3",
-        "--rdzv-backend=c10d",
-        f"--rdzv-id=job{port}",
-        f"--rdzv-endpoint=127.0.0.1:{port}",
-        "--local-addr=127.0.0.1",
-        "--rdzv-conf=last_call_timeout=2",  # seconds for which it waits for more agents
-        ROOT / "train_gpt2.py",
-        *arguments,
-    ]
+def page() -> str:
+    return (ROOT / "docs" / "scaling.md").read_text()
+
+
+def with_replacements(text: str, changes: dict[str, str]) -> str:
+    """A text of the page with each of these parts, which are in it, written otherwise."""
+    for written, here in changes.items():
+        assert written in text
+        text = text.replace(written, here)
+    return text
+
+
+def page_command(port: int, arguments: list[str], nodes: str = "2") -> list[str]:
+    """What the page runs on each of two nodes, with one worker each, on this machine."""
+    (command,) = re.findall(r"```bash\n(export TORCH_DISABLE.*?)```", page(), re.DOTALL)
+    changes = {
+        "torchrun --nnodes=2 --nproc-per-node=8": f"exec {BIN}/torchrun --nnodes={nodes} "
+        "--nproc-per-node=1 --local-addr=127.0.0.1 --rdzv-conf=last_call_timeout=2",
+        "node0:29500": f"127.0.0.1:{port}",
+        "train_gpt2.py --recipe gpt2 --out runs/gpt2 --resume": shlex.join(
+            [str(ROOT / "train_gpt2.py"), *arguments]
+        ),
+    }
+    return ["bash", "-c", with_replacements(command, changes)]
 
 
 def workers(out: Path) -> list[int]:
@@ -122,9 +129,13 @@ def workers(out: Path) -> list[int]:
             arguments = (folder / "cmdline").read_bytes()
             environment = (folder / "environ").read_bytes()
             is_worker = f"--out={out}\0".encode() in arguments and b"\0LOCAL_RANK=" in environment
-            if is_worker and b"torchrun" not in arguments:
+            if is_worker:
                 found.append(int(folder.name))
     return found
+
+
+def children(process: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
 def wait_for(condition: Callable[[], bool], what: str, log: Path, limit: float = 150) -> None:
@@ -163,271 +174,119 @@ def check_log(out: Path) -> None:
 needs_proc = pytest.mark.skipif(not ON_LINUX, reason="finds workers by Linux's /proc")
 
 
-# -------------------------------------------------------------------------------------- meeting
+# ------------------------------------------------------------------------- ranks that wait or end
 
-
-def test_ranks_agree_on_a_name_whatever_earlier_attempts_have_left():
-    """The store holds the calls and answers of three attempts, in two of which a rank was lost."""
-    store = dist.HashStore()
-    names = []
-    for lost in (None, 1, None):
-        answers = [""] * 3
-
-        def meet(rank: int, answers: list[str] = answers) -> None:
-            answers[rank] = ranks.agree_on_name(store, rank, 3, "here")
-
-        if lost is not None:  # its rank 2 called, and rank 0 never heard of rank 1
-            store.set("call/2", "a token of a process that died")
-            continue
-        threads = [threading.Thread(target=meet, args=[rank]) for rank in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert answers[0] and set(answers) == {answers[0]}
-        names.append(answers[0])
-    assert len(set(names)) == 2  # no attempt has the name of another one
-
-
-SHORT_WAITS = """
-import sys, time, os, signal
-from support import ranks, runtime, script
+SCRIPT = """
+import os, signal, sys, time
 from datetime import timedelta
-ranks.FIRST_WORD_SECONDS = 0.1
-ranks.HEARTBEAT_SECONDS = 0.5
+from support import ranks, runtime, script
+
+ranks.FIRST_WORD_SECONDS = 1
+ranks.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
+
+def main():
+    rt = runtime.start("cpu", "float32")
+    rt.gather("all have met")
+{work}
+
+script.run_script(main)
 """
 
 
-def ranks_script(folder: Path, code: str) -> Path:
-    script = folder / "ranks.py"
-    script.write_text(f"{SHORT_WAITS}\n{code}")
-    return script
-
-
-def test_a_rank_without_peers_names_them_and_ends(tmp_path):
-    script = ranks_script(
-        tmp_path,
-        "ranks.MEETING_SECONDS = 2\nscript.run_script(lambda: runtime.start('cpu', 'float32'))\n",
-    )
-    port = str(free_port())
-    address = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = run_python(script, env=address | {"RANK": "0"})
-    assert done.returncode == 2
-    assert f"waits at 127.0.0.1:{port} for rank 1, 2 of 3" in done.stdout
-    assert done.stderr.count("\n") == 1 and "for rank 1, 2 of 3" in done.stderr
-    done = run_python(script, env=address | {"RANK": "2"})
-    assert done.returncode == 2
-    assert f"waits for rank 0 at 127.0.0.1:{port}" in done.stdout
-    assert done.stderr.count("\n") == 1 and "Connection refused" in done.stderr
-
-
-WRONG_PLACES = [
-    ({"RANK": "1"}, "RANK is 1, and WORLD_SIZE is 1"),
-    ({"WORLD_SIZE": "2"}, "RANK is ''"),
-    ({"WORLD_SIZE": "0", "RANK": "0"}, "RANK is 0, and WORLD_SIZE is 0"),
-    ({"WORLD_SIZE": "-1", "RANK": "0"}, "WORLD_SIZE is '-1'"),
-    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
-    ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2, and WORLD_SIZE is 2"),
-    ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
-    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun has started 4 processes"),
-    ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 processes"),
-    ({"PMI_RANK": "0", "PMI_SIZE": "3"}, "mpiexec has started 3 processes"),
-]
-
-
-def set_place(monkeypatch, environment: dict[str, str]) -> None:
-    for name in list(os.environ):
-        if re.match("(LOCAL_)?RANK|WORLD_SIZE|MASTER_|SLURM_|OMPI_|PMI_", name):
-            monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.mark.parametrize("environment, message", WRONG_PLACES, ids=str)
-def test_a_wrong_place_among_the_ranks_is_refused(monkeypatch, environment, message):
-    set_place(monkeypatch, environment)
-    with pytest.raises(UserError, match=message):
-        ranks.place_in_environment()
-
-
-@pytest.mark.parametrize(
-    "environment, place",
-    [
-        ({}, (0, 1)),
-        ({"WORLD_SIZE": "1"}, (0, 1)),
-        ({"WORLD_SIZE": "2", "RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),  # torchrun's
-        ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, (0, 1)),  # runs of their own
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, (0, 1)),  # a batch script, without srun
-    ],
-    ids=str,
-)
-def test_a_place_among_the_ranks(monkeypatch, environment, place):
-    set_place(monkeypatch, environment)
-    assert ranks.place_in_environment() == place
-
-
-@pytest.mark.parametrize("host", ["", "node0"])
-@pytest.mark.parametrize("port", ["", "0", "70000", "-1", "http"])
-def test_a_wrong_address_of_the_store_is_refused(monkeypatch, host, port):
-    place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": host, "MASTER_PORT": port}
-    set_place(monkeypatch, place)
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, MASTER_ADDR is .* MASTER_PORT"):
-        ranks.address_of_store()
-
-
-@pytest.mark.parametrize(
-    "host, reason",
-    [
-        ("127.0.0.1", "something listens there, but does not answer as rank 0 would"),
-        ("no.such.host.invalid", r"\w"),  # the system's own words
-    ],
-)
-def test_who_does_not_find_rank_0_says_so_and_ends(tmp_path, host, reason):
-    """The port is another program's, which is silent; or the name does not resolve."""
-    script = ranks_script(
-        tmp_path,
-        "ranks.MEETING_SECONDS = 2\nscript.run_script(lambda: runtime.start('cpu', 'float32'))\n",
-    )
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        port = str(silent.getsockname()[1])
-        address = {"WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": port}
-        done = run_python(script, env=address | {"RANK": "1"})
-    assert done.returncode == 2
-    error = rf"error: after 2 s rank 1 on \S+ waits for rank 0 at {host}:{port} \({reason}"
-    assert re.match(error, done.stderr), done.stderr
-
-
-def test_a_rank_ends_when_rank_0_has_left_what_it_did_alone(tmp_path):
-    """As by a SIGTERM to its agent. The store is torchrun's, on another machine, and stays."""
-    script = ranks_script(
-        tmp_path,
-        "def main():\n"
-        "    rt = runtime.start('cpu', 'float32')\n"
-        "    print('met', flush=True)\n"
-        "    rt.on_main(lambda: time.sleep(600))\n"
-        "script.run_script(main)\n",
-    )
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    place["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    ranks = []
-    for rank in ("0", "1"):
+def start_script_on(world_size: int, folder: Path, work: str) -> list[subprocess.Popen]:
+    """Lines of Python, run by ranks that no torchrun looks after."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(work=textwrap.indent(textwrap.dedent(work), "    ")))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place["WORLD_SIZE"] = str(world_size)
+    started = []
+    for rank in range(world_size):
+        environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        environment = os.environ | place | {"RANK": rank}
-        ranks.append(subprocess.Popen([sys.executable, script], env=environment, **pipes))
+        started.append(subprocess.Popen([sys.executable, script], env=environment, **pipes))
+    return started
+
+
+def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr, once the process has ended."""
     try:
-        for process in ranks:
-            assert "met\n" in process.stdout  # before it may say whom it waits for
-        ranks[0].terminate()
-        _, stderr = ranks[1].communicate(timeout=60)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-    assert ranks[1].returncode == 2
-    assert re.match(r"error: rank 1 on \S+: rank 0 has ended", stderr)
+        stdout, stderr = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, stdout, stderr
 
 
-def test_a_rank_that_waits_ends_on_sigterm(tmp_path):
-    script = ranks_script(tmp_path, "script.run_script(lambda: runtime.start('cpu', 'float32'))\n")
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    waiting = subprocess.Popen(
-        [sys.executable, script],
-        env=os.environ | address | {"RANK": "0"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert "waits at" in waiting.stdout.readline()
-    waiting.terminate()
-    waiting.communicate(timeout=60)
-    assert waiting.returncode == 128 + signal.SIGTERM
+def test_rank_0_may_work_for_longer_than_a_collective_may_take_and_the_others_say_so(tmp_path):
+    """Such as to verify a large checkpoint on a slow disk."""
+    work = """
+        def load_newest(folder):
+            time.sleep(7)
+            return folder
+        assert rt.on_main(load_newest, "run") == "run"
+    """
+    (code, silent, _), (other, said, _) = map(outcome, start_script_on(2, tmp_path, work))
+    assert (code, other, silent) == (0, 0, "")
+    assert said == "rank 1 has waited 1 s for rank 0: load newest\n"
 
 
-# ------------------------------------------------------------------------- collectives, lost ranks
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_that_wait_for_rank_0_end_when_it_ends(tmp_path, signum):
+    started = start_script_on(2, tmp_path, "rt.on_main(os.kill, os.getpid(), signal.SIGSTOP)")
+    assert started[1].stdout.readline() == "rank 1 has waited 1 s for rank 0: kill\n"
+    started[0].send_signal(signum)
+    started[0].send_signal(signal.SIGCONT)
+    code, _, stderr = outcome(started[1])
+    assert code == 2
+    assert re.fullmatch(r"error: rank 1 has lost rank 0 .*\n", stderr)
+    outcome(started[0])
 
 
-def test_rank_0_may_work_alone_for_longer_than_a_collective_may_take(tmp_path):
-    script = ranks_script(
-        tmp_path,
-        "ranks.COLLECTIVE_TIMEOUT = timedelta(seconds=3)\n"
-        "def main():\n"
-        "    rt = runtime.start('cpu', 'float32')\n"
-        "    def work():\n"
-        "        time.sleep(6)\n"
-        "        return 'done by 0'\n"
-        "    assert rt.on_main(work) == 'done by 0'\n"
-        "    assert rt.on_main(lambda: 'again') == 'again'\n"
-        "script.run_script(main)\n",
-    )
-    done = torchrun(2, script)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("signum, lost", [("SIGKILL", 0), ("SIGKILL", 1), ("SIGSTOP", 1)])
+def test_a_rank_that_has_died_or_does_nothing_is_named_in_one_line(tmp_path, lost, signum):
+    """A halted rank is alive, and its connections are open."""
+    work = f"""
+        if rt.rank == {lost}:
+            os.kill(os.getpid(), signal.{signum})
+        rt.gather(rt.rank)
+    """
+    started = start_script_on(3, tmp_path, work)
+    for rank in {0, 1, 2} - {lost}:
+        code, _, stderr = outcome(started[rank])
+        assert code == 2
+        assert re.fullmatch(rf"error: rank {rank} has lost rank .*{lost}.*\n", stderr), stderr
+    started[lost].kill()
+    outcome(started[lost])
 
 
-@pytest.mark.parametrize("halted, other", [(1, 0), (0, 1)])
-def test_a_halted_rank_is_named_and_ends_the_others(tmp_path, halted, other):
-    """It is alive, and its connections are open, but it does nothing any more."""
-    script = ranks_script(
-        tmp_path,
-        "def main():\n"
-        "    rt = runtime.start('cpu', 'float32')\n"
-        f"    if rt.rank == {halted}:\n"
-        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "    rt.gather(rt.rank)\n"
-        "script.run_script(main)\n",
-    )
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | address | {"RANK": str(rank)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        ranks.append(subprocess.Popen([sys.executable, script], env=environment, **pipes))
-    try:
-        stdout, stderr = ranks[other].communicate(timeout=120)
-    finally:
-        ranks[halted].kill()
-        ranks[halted].communicate()
-    assert ranks[other].returncode == 2
-    # Rank 0 is the store's host here, and it is the store that rank 1 misses first.
-    missed = "rank 1" if halted == 1 else "the store at 127.0.0.1"
-    heard = rf"rank {other} on \S+ has heard nothing of {missed}.* for"
-    assert re.search(f"warning: {heard}", stdout)
-    assert re.search(f"^error: {heard}", stderr, re.MULTILINE)
+def test_a_rank_that_waits_for_the_others_ends_on_sigterm(tmp_path):
+    rank_0, rank_1 = start_script_on(2, tmp_path, "")
+    rank_1.kill()
+    outcome(rank_1)
+    time.sleep(5)  # until it has begun to wait
+    rank_0.terminate()
+    assert outcome(rank_0) == (-signal.SIGTERM, "", "")
 
 
-def test_a_rank_that_has_finished_is_not_missed(tmp_path):
-    script = ranks_script(
-        tmp_path,
-        "def main():\n"
-        "    rt = runtime.start('cpu', 'float32')\n"
-        "    if rt.is_main:\n"
-        "        time.sleep(6)\n"
-        "script.run_script(main)\n",
-    )
-    done = torchrun(2, script)
-    assert done.returncode == 0, done.stderr
-    assert "has heard nothing" not in done.stdout + done.stderr
+# --------------------------------------------------------------------------- torchrun, and restarts
 
 
-@pytest.mark.parametrize(
-    "rank, message, said",
-    [
-        ("1", "error: out of memory", r"error: rank 1 on \S+: out of memory"),
-        ("0", "error: out of memory", "error: out of memory"),
-        ("1", "error: rank 1 has lost another rank", "error: rank 1 has lost another rank"),
-    ],
-)
-def test_an_error_says_of_which_rank_it_is(monkeypatch, rank, message, said):
-    set_place(monkeypatch, {"RANK": rank, "WORLD_SIZE": "2"})
-    assert re.fullmatch(said, script.with_rank(message))
+def test_torchrun_with_restarts_asks_for_the_name_of_the_run(data, tmp_path):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    arguments = [ROOT / "train_gpt2.py", "--recipe=first-run", f"--data={data}"]
+    done = run_python("-m", *launcher, *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: --max-restarts 1 without --out and --resume" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+STANDALONE = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
 
 
 @needs_proc
 def test_workers_end_when_torchrun_is_killed(data, tmp_path):
     out, log = tmp_path / "run", tmp_path / "output"
-    command = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", ROOT / "train_gpt2.py"]
-    with agents([*command, *flags(data, out)], log=log) as (agent,):
+    with agents([*STANDALONE, ROOT / "train_gpt2.py", *flags(data, out)], log=log) as (agent,):
         wait_for_steps(out, 0, log)
         agent.kill()
         wait_for(lambda: "stopped after step" in log.read_text(), "stop", log)
@@ -437,75 +296,66 @@ def test_workers_end_when_torchrun_is_killed(data, tmp_path):
     assert saved[-1] == last_step(out)  # they were asked to stop, and saved first
 
 
-# ----------------------------------------------------------------------------------- restarts
+@needs_proc
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.5, 1.5])
+def test_workers_end_when_torchrun_is_killed_while_they_import_torch(data, tmp_path, seconds):
+    """Or they would meet in the store of the next job at that port."""
+    out, log = tmp_path / "run", tmp_path / "output"
+    with agents([*STANDALONE, ROOT / "train_gpt2.py", *flags(data, out)], log=log) as (agent,):
+        wait_for(lambda: workers(out), "worker", log)
+        time.sleep(seconds)
+        agent.kill()
+        wait_for(lambda: not workers(out), "end of the workers", log, limit=15)
+    assert not out.exists()
 
 
 @needs_proc
-@pytest.mark.parametrize("number_of_agents, kills", [(1, 2), (2, 1)])
-def test_killed_workers_are_replaced_and_the_run_goes_on(data, tmp_path, number_of_agents, kills):
+def test_killed_workers_are_replaced_and_the_run_goes_on(data, tmp_path):
     out, log = tmp_path / "run", tmp_path / "output"
-    if number_of_agents == 1:
-        launcher = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-        commands = [[*launcher, ROOT / "train_gpt2.py", *flags(data, out)]]
-    else:
-        commands = [agent_command(free_port(), "2", flags(data, out))] * 2
-    with agents(*commands, log=log):
+    with agents([*STANDALONE, ROOT / "train_gpt2.py", *flags(data, out)], log=log):
         wait_for_steps(out, 0, log)
-        for _ in range(kills):
+        for _ in range(2):
             kill_a_worker(out, log)
             wait_for_steps(out, last_step(out), log)
     check_log(out)
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ("--data=/not/there", "/not/there: no such file"),
-        ("--max-stepss=5", "--max-stepss"),
-    ],
-)
-def test_bad_input_is_said_once_and_uses_up_no_restarts(data, tmp_path, wrong, message):
-    """A restart ends before it imports torch. torchrun repeats the message when it gives up."""
-    arguments = [*flags(data, tmp_path / "run"), wrong]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-    done = run_python("-m", *launcher, ROOT / "train_gpt2.py", *arguments)
-    assert done.returncode == 1
-    said, _, summary = done.stderr.partition("ChildFailedError")
-    if wrong == "--max-stepss=5":
-        assert said.count("╭") == 1  # tyro draws a box around what it says
-        assert message in said
-        assert "has said why it ends" in summary
-    else:
-        assert len(re.findall(f"^error: .*{re.escape(message)}", said, re.MULTILINE)) == 1
-        assert message in summary
+@needs_proc
+def test_the_pages_two_nodes_survive_that_a_worker_and_then_a_node_is_killed(data, tmp_path):
+    """The node is started again with the same command, as a cluster would."""
+    out, log = tmp_path / "run", tmp_path / "output"
+    command = page_command(free_port(), flags(data, out))
+    with agents(command, log=log) as started, log.open("ab") as output:
+        started.append(start_agent(command, output))
+        wait_for_steps(out, 0, log)
+        kill_a_worker(out, log)
+        wait_for_steps(out, last_step(out), log)
+        # The second agent is not the one that hosts the meeting.
+        for process in children(started[1].pid):
+            os.kill(process, signal.SIGKILL)
+        started[1].kill()
+        wait_for(lambda: not workers(out), "end of the other node's worker", log)
+        started.append(start_agent(command, output))
+        wait_for_steps(out, last_step(out), log)
+        assert started[0].poll() is None
+    check_log(out)
 
 
-def test_bad_input_on_one_of_two_machines_ends_both(data, tmp_path):
-    """Rank 0, on the other machine, would wait for minutes. It is told, and says what it was."""
-    log = tmp_path / "output"
-    command = agent_command(free_port(), "2", flags(data, tmp_path / "run"))
-    with agents(command, [*command, "--device=cuda:99"], log=log) as started:
-        for agent in started:
-            assert agent.wait(120) == 1
-    heard = "^error: rank 1 on .* has ended: --device cuda:99 is not available"
-    assert len(re.findall(heard, log.read_text(), re.MULTILINE)) == 1
-
-
-@pytest.mark.parametrize(
-    "message, heard",
-    [("error: no GPU", "has ended: no GPU"), ("", "has ended: it cannot read its flags")],
-)
-def test_a_rank_that_ends_before_the_meeting_leaves_word(monkeypatch, message, heard):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
-    set_place(monkeypatch, place | {"MASTER_PORT": str(store.port)})
-    ranks.leave_word(message)  # of ranks started by hand the store may not be there yet
-    ranks.check_has_not_failed(store, 1)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    ranks.leave_word(message)
-    with pytest.raises(UserError, match=f"rank 1 on .* {heard}"):
-        ranks.check_has_not_failed(store, 1)
-    ranks.check_has_not_failed(store, 0)
+@needs_proc
+def test_a_node_joins_a_running_job_and_leaves_it(data, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "output"
+    command = page_command(free_port(), flags(data, out), nodes="1:2")
+    with agents(command, log=log) as started, log.open("ab") as output:
+        wait_for_steps(out, 0, log)
+        assert len(workers(out)) == 1
+        started.append(start_agent(command, output))
+        wait_for(lambda: " 2 ranks" in log.read_text(), "run on two ranks", log)
+        wait_for_steps(out, last_step(out), log)
+        started[1].terminate()
+        started[1].wait(60)
+        wait_for(lambda: log.read_text().count(" 1 rank,") == 2, "run on one rank again", log)
+        wait_for_steps(out, last_step(out), log)
+    check_log(out)
 
 
 # -------------------------------------------------------------------------------------- Slurm
@@ -584,18 +434,9 @@ def start_munge() -> None:
     subprocess.run(["su", "munge", "-s", "/bin/sh", "-c", "munged"], check=True)
 
 
-def with_replacements(script: str, changes: dict[str, str]) -> str:
-    """A text of the page with each of these parts, which are in it, written otherwise."""
-    for written, here in changes.items():
-        assert written in script
-        script = script.replace(written, here)
-    return script
-
-
 def page_script(folder: Path, arguments: list[str]) -> Path:
     """The sbatch script of docs/scaling.md, made small enough for this machine."""
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.DOTALL)
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page(), re.DOTALL)
     changes = {
         "--nodes=8": "--nodes=2",
         " --gpus-per-node=8": "",
@@ -613,6 +454,17 @@ def page_script(folder: Path, arguments: list[str]) -> Path:
     file = folder / "page.sh"
     file.write_text(script)
     return file
+
+
+def test_tasks_of_srun_are_ranks(slurm_cluster, data, tmp_path):
+    """Without torchrun, on two nodes."""
+    out, log = tmp_path / "run", tmp_path / "output"
+    arguments = flags(data, out, max_steps=20, save_every=20)
+    command = ["srun", "--nodes=2", "--ntasks=2", sys.executable, ROOT / "train_gpt2.py"]
+    with agents([*command, *arguments], log=log) as (job,):
+        assert job.wait(120) == 0, log.read_text()
+    assert " 2 ranks, " in log.read_text()
+    check_log(out)
 
 
 def test_the_pages_slurm_script_survives_what_a_cluster_does(slurm_cluster, data, tmp_path):
@@ -705,8 +557,7 @@ def check_weights(out: Path, data: Path, folder: Path) -> None:
 
 def page_pipeline(folder: Path, tasks: int) -> Path:
     """The datatrove script of docs/scaling.md with Ray's executor, on documents in `folder`."""
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    (script,) = re.findall(r"```python\n(from datatrove.*?)```", page, re.DOTALL)
+    (script,) = re.findall(r"```python\n(from datatrove.*?)```", page(), re.DOTALL)
     changes = {
         "import SlurmPipelineExecutor  # or RayPipelineExecutor, LocalPipelineExecutor": (
             "import RayPipelineExecutor"
@@ -782,7 +633,6 @@ def test_ray_tokenises_with_the_pages_lines_and_the_trainer_takes_a_step(tmp_pat
 
 ENGINE_MAIN = """
 import json, sys
-import torch.distributed as dist
 
 dist.init_process_group("gloo")
 rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -811,8 +661,7 @@ def test_torchtitans_loader_and_fsdp_go_on_from_a_step_directory(data, tmp_path)
     out = tmp_path / "run"
     done = run_python("train_gpt2.py", *flags(data, out, max_steps=3, save_every=1, warmup_steps=1))
     assert done.returncode == 0, done.stderr
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    (code,) = re.findall(r"```python\n(import torch\n.*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", page(), re.DOTALL)
     script = tmp_path / "engine.py"
     script.write_text(code + ENGINE_MAIN)
     done = torchrun(2, script, data, out / "step_000002")
@@ -820,129 +669,3 @@ def test_torchtitans_loader_and_fsdp_go_on_from_a_step_directory(data, tmp_path)
     loss, part = json.loads(done.stdout)
     assert loss == pytest.approx(read_log(out, "train")[2]["loss"], abs=1e-6)
     assert 0.45 < part < 0.55
-
-
-# ------------------------------------------------------------------------ hosts with a network
-
-
-MEETING = "10.77.0.1"  # the address of the first host, where the agents meet
-HOSTS = {"pygpt2a": MEETING, "pygpt2b": "10.77.0.2"}
-
-
-@pytest.fixture
-def two_hosts() -> Iterator[dict[str, str]]:
-    """Network namespaces as hosts: names and addresses. A bridge connects them."""
-    if not AS_ROOT or not shutil.which("ip"):
-        pytest.skip("needs root and iproute2")
-    remove_hosts()  # of a test that was killed
-    commands = ["link add pygpt2br type bridge", "link set pygpt2br up"]
-    for name, address in HOSTS.items():
-        commands += [
-            f"netns add {name}",
-            f"link add v{name} type veth peer name eth0 netns {name}",
-            f"link set v{name} master pygpt2br up",
-            f"-n {name} link set lo up",
-            f"-n {name} addr add {address}/24 dev eth0",
-            f"-n {name} link set eth0 up",
-        ]
-    try:
-        for command in commands:
-            done = ip(command)
-            if done.returncode:
-                pytest.skip(f"no network namespaces here: ip {command}: {done.stderr.strip()}")
-        yield HOSTS
-    finally:
-        remove_hosts()
-
-
-def ip(command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["ip", *command.split()], capture_output=True, text=True, timeout=60)
-
-
-def remove_hosts() -> None:
-    """Also what still runs on them: a host with a process keeps its end of the cable."""
-    for name in HOSTS:
-        for process in ip(f"netns pids {name}").stdout.split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(process), signal.SIGKILL)
-        ip(f"link del v{name}")
-        ip(f"netns del {name}")
-    ip("link del pygpt2br")
-
-
-def host_command(name: str, address: str, *arguments) -> list[str]:
-    """One agent on one of the hosts, with one worker. They meet at the first host."""
-    return [
-        *("ip", "netns", "exec", name, BIN / "torchrun"),
-        *("--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run"),
-        *(f"--rdzv-endpoint={MEETING}:29500", f"--local-addr={address}"),
-        f"--rdzv-conf=last_call_timeout=2,is_host={int(address == MEETING)}",
-        *arguments,
-    ]
-
-
-def test_two_hosts_train_are_cut_off_and_go_on(two_hosts, data, tmp_path):
-    """The cable of one host is pulled. A heartbeat notices, and the other ends or goes on alone."""
-    out, log = tmp_path / "run", tmp_path / "output"
-    launcher = tmp_path / "train.py"  # the same script, with a heartbeat that is quick for a test
-    launcher.write_text(
-        "from support import ranks, script; import train_gpt2\n"
-        "ranks.HEARTBEAT_SECONDS = 0.5\n"
-        "script.run_script(train_gpt2.main)\n"
-    )
-
-    commands = []
-    for name, address in two_hosts.items():
-        more = ["--nnodes=2", "--max-restarts=0", launcher, *flags(data, out)]
-        commands.append(host_command(name, address, *more))
-    interface = {"GLOO_SOCKET_IFNAME": "eth0"}
-    with agents(*commands, log=log, env=interface):
-        wait_for_steps(out, 0, log)
-        ip("link set vpygpt2b down").check_returncode()
-        wait_for(lambda: re.search("error: rank . on", log.read_text()), "rank that is missed", log)
-        assert re.search(r"has heard nothing of (rank \d|the store)", log.read_text())
-    ip("link set vpygpt2b up").check_returncode()
-    reached = last_step(out)
-    with agents(*commands, log=log, env=interface):
-        wait_for_steps(out, reached, log)
-    check_log(out)
-
-
-@pytest.fixture
-def join_commands(request) -> Callable[..., list[list[str]]]:
-    """Makes the commands of two agents: on two hosts, or where these cannot be had on this one."""
-    try:
-        hosts = request.getfixturevalue("two_hosts")
-    except pytest.skip.Exception:
-        port = free_port()
-        return lambda *arguments: [agent_command(port, "1:2", arguments)] * 2
-
-    def commands(*arguments) -> list[list[str]]:
-        script = ["--nnodes=1:2", ROOT / "train_gpt2.py", *arguments]
-        return [host_command(name, address, *script) for name, address in hosts.items()]
-
-    return commands
-
-
-@needs_proc
-def test_a_machine_joins_a_running_job_and_leaves_it(join_commands, data, tmp_path):
-    """It is a host of its own where namespaces can be had; else a second agent on this machine."""
-    out, log = tmp_path / "run", tmp_path / "output"
-    command, late_command = join_commands(*flags(data, out))
-    # torch 2.13 tells an agent that joins later no address without this.
-    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if "netns" in command:
-        environment["GLOO_SOCKET_IFNAME"] = "eth0"
-    with agents(command, log=log, env=environment) as started, log.open("ab") as output:
-        wait_for_steps(out, 0, log)
-        assert len(workers(out)) == 1
-        started.append(start_agent(late_command, output, environment))
-        wait_for(lambda: len(workers(out)) == 2, "second worker", log)
-        wait_for(lambda: " 2 ranks" in log.read_text(), "run on two ranks", log)
-        wait_for_steps(out, last_step(out), log)
-        started[1].terminate()
-        started[1].wait(60)
-        wait_for(lambda: len(workers(out)) == 1, "end of the second worker", log)
-        wait_for(lambda: log.read_text().count(" 1 rank,") == 2, "run on one rank again", log)
-        wait_for_steps(out, last_step(out), log)
-    check_log(out)
