@@ -313,7 +313,7 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
         if message and not (told_torchrun and _first_rank_says_it(error)):
             _write_message(with_rank(message) if code == 2 else message)
         # While a rank ends in good order gloo's threads, whose peers have gone, may abort it.
-        at_once = "RANK" in os.environ or (isinstance(error, Stopped) and error.at_once)
+        at_once = _has_met_ranks() or (isinstance(error, Stopped) and error.at_once)
     handle_stop_signals(lambda signum, frame: None)  # its code is settled
     _close_output()
     if at_once:
@@ -321,16 +321,21 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
     sys.exit(code)
 
 
+def _has_met_ranks() -> bool:
+    """Whether this process is in a process group."""
+    if "RANK" not in os.environ:
+        return False
+    from torch import distributed  # heavy, and then long since imported
+
+    return distributed.is_initialized()
+
+
 def _leave_ranks() -> None:
-    """End the process group in good order, which is to wait for the other ranks.
+    """End the process group in good order, which is to wait for the other ranks."""
+    if _has_met_ranks():
+        from torch import distributed
 
-    After a failure it is left to die with the process.
-    """
-    if "RANK" in os.environ:
-        from torch import distributed  # heavy, and then long since imported
-
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def _tell_torchrun(message: str) -> bool:
