@@ -2,24 +2,22 @@
 
 A corpus is a directory of token files (support/shards.py). The files of a split form one long array
 of tokens. Training cuts it into windows: window k is tokens kT … kT+T, that is T inputs and the T
-targets one token later. `training_windows`, at the end, decides which windows a step sees.
-
-Shapes: T tokens per sequence.
+targets one token later. `training_windows` decides which windows a step sees.
 """
 
 import functools
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from support import mixture
 from support.huggingface import check_tokenizer
-from support.script import UserError, require
-from support.shards import ENCODINGS, Shard, cut, fingerprint, listed
+from support.script import UserError, require, shown
+from support.shards import ENCODINGS, Shard, fingerprint, listed, split
 
 # ---------------------------------------------------------------------------------------- encodings
 
@@ -41,44 +39,27 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
         raise UserError(
-            f"the gpt2 vocabulary could not be downloaded ({type(error).__name__}); expected a "
-            "connection or a filled cache; connect once, or set TIKTOKEN_CACHE_DIR to a folder "
-            "that holds tiktoken's gpt2 files, or use the tokenizer bytes"
+            f"gpt2's vocabulary could not be downloaded ({type(error).__name__}); expected a "
+            "connection; connect once, fill TIKTOKEN_CACHE_DIR, or use the tokenizer bytes"
         ) from None
 
 
-def encoding_for(vocab_size: int, name: str | None, place: str) -> tiktoken.Encoding:
-    """The encoding of a model with `vocab_size` rows.
-
-    name: what its config.json says, or None. place: the model's name in an error.
-    A vocabulary may have more rows than a named encoding has tokens: a row may have been added for
-    padding. Without a name the size must be that of an encoding. Raises UserError.
-    """
-    if name is not None:
-        size = get_encoding(name).n_vocab
-        if vocab_size < size:
-            raise UserError(
-                f"{place}: {vocab_size:,} rows for the encoding {name!r}; expected at least "
-                f"{size:,}; use a model that was trained with this encoding"
-            )
-        return get_encoding(name)
-    for known, size in ENCODINGS.items():
-        if vocab_size == size:
-            return get_encoding(known)
-    raise UserError(
-        f"{place}: a vocabulary of {vocab_size:,} tokens; expected 50257 (gpt2) or 257 (bytes); if "
-        "tokens were added to GPT-2's, remove them in transformers with "
-        "model.resize_token_embeddings(50257) and save it again"
-    )
-
-
 def encoding_of(model, place: str) -> tiktoken.Encoding:
-    """The encoding that a model reads; place: the directory or name that it was loaded from.
+    """The encoding that a model reads: named by its config.json, else known by its vocabulary.
 
-    Its config.json names it, or the size of its vocabulary tells. Tokenizer files that lie beside
-    the model must say the same.
+    place: what it was loaded from. Tokenizer files that lie there must say the same. A vocabulary
+    may have more rows than a named encoding has tokens, added for padding.
     """
-    encoding = encoding_for(model.config.vocab_size, model.encoding_name, place)
+    rows = model.config.vocab_size
+    names = {size: name for name, size in ENCODINGS.items()}
+    name = model.encoding_name or names.get(rows)
+    require(
+        name in ENCODINGS and rows >= ENCODINGS[name],
+        f"{place}: {rows:,} tokens, encoding {shown(str(name))}; expected 50257 of gpt2 or 257 of "
+        "bytes, or more if config.json names the encoding; if tokens were added to GPT-2's, remove "
+        "them in transformers with model.resize_token_embeddings(50257)",
+    )
+    encoding = get_encoding(name)
     if os.path.isdir(place):
         check_tokenizer(place, encoding)
     return encoding
@@ -86,10 +67,7 @@ def encoding_of(model, place: str) -> tiktoken.Encoding:
 
 @functools.cache
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
-    """Length in bytes of each token's text, int64 (n_vocab,).
-
-    It is 0 for <|endoftext|>, which stands for no text.
-    """
+    """Length in bytes of each token's text, int64 (n_vocab,); 0 for <|endoftext|>."""
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
     for token in range(encoding.n_vocab):
         if token != encoding.eot_token:
@@ -113,10 +91,7 @@ class TokenArray:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start … stop-1, uint16 (stop - start,), across the ends of shards.
-
-        Raises UserError for a token outside the vocabulary.
-        """
+        """Tokens start … stop-1, uint16 (stop - start,), across the ends of shards."""
         result = np.empty(stop - start, dtype=np.uint16)
         filled = 0
         i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds `start`
@@ -131,7 +106,7 @@ class TokenArray:
         return result
 
     def num_windows(self, T: int) -> int:
-        """How many windows of T + 1 tokens fit: window k is tokens kT … kT+T."""
+        """How many windows of T + 1 tokens fit."""
         return max(0, (len(self) - 1) // T)
 
     def windows(self, indices: np.ndarray, T: int) -> np.ndarray:
@@ -153,14 +128,17 @@ class TokenData:
 
 
 def open_data(folder: str | os.PathLike) -> TokenData:
-    """Open a directory of token files, ours or another program's. Nothing is written to it."""
+    """Open a directory of token files, ours or another program's. Nothing is written to it.
+
+    The validation part is what the files' names say, or the last tenth (see `split`).
+    """
     folder = Path(folder)
     encoding, shards = listed(folder)
-    train, val = _split(shards)
+    train, val = split(shards)
     require(
         len(train) > 0,
-        f"{folder}: {len(shards)} token shards; expected at least one for training and one for "
-        "validation; prepare them with fineweb.py, or name text files instead of the folder",
+        f"{folder}: {len(shards)} token shards; expected some for training and some for "
+        "validation; prepare them with fineweb.py, or name text files",
     )
     vocab_size = ENCODINGS[encoding]
     return TokenData(
@@ -169,32 +147,6 @@ def open_data(folder: str | os.PathLike) -> TokenData:
         val=TokenArray(val, vocab_size),
         fingerprint=fingerprint(folder),
     )
-
-
-# corpus_val_000000.bin, val.npy, validation-00000.bin, val_00000_00000_doc_shuffled.ds
-VALIDATION_FILE = re.compile(r"(^|[_.-])val(id|idation)?([_.-]?\d+)*(_\w*shuffled)?\.\w+$")
-# An evaluation reads at most 10,485,760 tokens, and the last one needs a target.
-MAX_VALIDATION_TOKENS = 10_485_760 + 1
-
-
-def _split(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
-    """The shards for training and those for validation.
-
-    Names say which is which, as in `corpus_val_000000.bin`. fineweb.py always writes such a shard,
-    and chooses what it holds. Where no name does, as in datatrove's files, the last tenth of the
-    tokens validates, as they lie, at most MAX_VALIDATION_TOKENS.
-    """
-    train = []
-    val = []
-    for shard in shards:
-        if VALIDATION_FILE.search(shard.path.name):
-            val.append(shard)
-        else:
-            train.append(shard)
-    if val:
-        return train, val
-    total = sum(shard.count for shard in shards)
-    return cut(shards, total - min(total // 10, MAX_VALIDATION_TOKENS))
 
 
 # ----------------------------------------------------------------------------------- training order
@@ -274,3 +226,58 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+# ------------------------------------------------------------------------------- several corpora
+
+
+class Mixture:
+    """Corpora that are trained on together, in proportion to their weights; or a single one.
+
+    A pattern, repeated without end, says which corpus each sample is of. The k-th sample of a
+    corpus is the one that it would be if this corpus were trained on alone.
+    """
+
+    def __init__(self, corpora: dict[str, TokenData], weights: list[float]):
+        encodings = sorted({data.encoding for data in corpora.values()})
+        require(
+            len(encodings) == 1,
+            f"--data mixes the encodings {' and '.join(encodings)}; expected one; prepare all "
+            "corpora with the same --tokenizer",
+        )
+        self.corpora = corpora
+        self.encoding = encodings[0]
+        self.pattern = mixture.pattern(weights)
+        self.counts = np.bincount(self.pattern)  # samples of each corpus in one repetition
+        self.shares = self.counts / len(self.pattern)
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the one corpus, or a hash of them all and the pattern."""
+        fingerprints = [data.fingerprint for data in self.corpora.values()]
+        if len(fingerprints) == 1:
+            return fingerprints[0]
+        return hashlib.sha256(f"{fingerprints} {self.pattern.tolist()}".encode()).hexdigest()
+
+    def samples_of_each(self, samples: int) -> np.ndarray:
+        """How many of the first `samples` samples each corpus has, int64 (corpora,)."""
+        repetitions, rest = divmod(samples, len(self.pattern))
+        of_rest = np.bincount(self.pattern[:rest], minlength=len(self.counts))
+        return repetitions * self.counts + of_rest
+
+    def times_read(self, samples: int, T: int) -> np.ndarray:
+        """How often the first `samples` samples read each corpus, float64 (corpora,)."""
+        num_windows = [data.train.num_windows(T) for data in self.corpora.values()]
+        return self.samples_of_each(samples) / num_windows
+
+    def windows_of_samples(self, first: int, count: int, T: int, seed: int) -> np.ndarray:
+        """The windows of samples first … first+count-1, int64 (count, T + 1)."""
+        rows = np.empty((count, T + 1), dtype=np.int64)
+        corpus_of = self.pattern[np.arange(first, first + count) % len(self.pattern)]
+        earlier = self.samples_of_each(first)
+        for i, data in enumerate(self.corpora.values()):
+            own = corpus_of == i
+            num_windows = data.train.num_windows(T)
+            indices = training_windows(earlier[i], own.sum(), num_windows, seed)
+            rows[own] = data.train.windows(indices, T)
+        return rows

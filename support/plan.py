@@ -179,6 +179,15 @@ def matmul_speed(rt: Runtime, seconds: float = 0.5) -> float:
 # ---------------------------------------------------------------------------------------- one run
 
 
+def dry_run(c, rt: Runtime, config) -> list[str]:
+    """All lines of a run on this machine; config: the trainer's."""
+    length_and_batch = (config.max_steps, config.total_batch_tokens)
+    return [
+        *plan(c, rt, *length_and_batch, config.micro_batch),
+        *plan_time(c, rt, *length_and_batch),
+    ]
+
+
 def plan(c, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int) -> list[str]:
     """The run in a few lines, before it starts: model, training, one step, memory."""
     tokens = steps * batch_tokens

@@ -198,7 +198,10 @@ def read_config(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """
     shape = {"max_steps?": int, "started?": {"code?": str}}
     config = read_or_pass_over(folder / "train.json", shape, say)
-    values = {key: value for key, value in config.items() if not isinstance(value, (dict, list))}
+    values = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    for key, value in values.items():
+        if isinstance(value, list):  # such as the paths of --data
+            values[key] = " ".join(map(str, value))
     code = config.get("started", {}).get("code")
     if code:
         values["code"] = code[:7]

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import tiktoken
 import torch
@@ -52,13 +53,7 @@ from support.files import (
     sync,
     write_file,
 )
-from support.huggingface import (
-    TRANSPOSED,
-    check_tokenizer,
-    read_config,
-    save_model,
-    save_tokenizer,
-)
+from support.huggingface import TRANSPOSED, read_config, save_model, save_tokenizer
 from support.ranks import Ranks
 from support.script import Stopped, UserError, require, say
 
@@ -191,46 +186,21 @@ class RunDirectory:
     def load_newest(self) -> Checkpoint | None:
         """Go back to the newest valid checkpoint; None where nothing was saved.
 
-        A fork that has saved nothing goes back to the checkpoint that it began with. Newer
-        checkpoints, which are damaged, are set aside, so that they are never counted again. The
-        log is cut back to the checkpoint's step: what came after it is trained and logged again.
+        A fork that has saved nothing goes back to the checkpoint that it began with. The log is
+        cut back to the checkpoint's step: what came after it is trained and logged again. Newer
+        checkpoints, which are damaged, are set aside, so that they are never counted again.
         """
         remove_leftovers(self.folder)
         read_best(self.folder)  # what is wrong with it is said now, not at the first save
         checkpoint = newest_valid(self.folder, self.say)
         if checkpoint is None:
-            return self._load_origin()
+            return go_back_to_origin(self.folder, self.say)
         check_train_json(checkpoint)
         for folder in step_directories(self.folder):
             if step_number(folder) > checkpoint.step:
                 set_aside(folder)
         cut_log(self.folder, checkpoint.step, self.say)
         return with_events(checkpoint)
-
-    def _load_origin(self) -> Checkpoint | None:
-        if step_directories(self.folder):
-            raise UserError(
-                f"{self.folder}: none of its checkpoints is valid; expected at least one to "
-                "continue from; restore one, or start a new run in another directory"
-            )
-        saved = [entry["step"] for entry in log_entries(self.folder) if entry["event"] == "save"]
-        origin = read_origin(self.folder)
-        if origin is None:
-            if saved:
-                self.say(
-                    f"warning: {self.folder}: no checkpoint is there, although the log tells of "
-                    f"one at step {max(saved)}; the run begins again at step 0"
-                )
-            return None
-        checkpoint = checkpoint_of(Path(origin["run"], step_name(origin["step"])), self.say)
-        if checkpoint.weights_sha256 != origin["weights"]:
-            raise UserError(
-                f"{checkpoint.folder}: other weights than those that {self.folder} was forked "
-                "from; expected that checkpoint, since the fork has saved none of its own; "
-                "restore it, or fork again into another directory"
-            )
-        copy_log(Path(origin["run"]), self.folder, origin["step"])
-        return checkpoint
 
     def continue_from(self, checkpoint: Checkpoint) -> None:
         """Take over step, tokens and time of a checkpoint, of this run or of one that is forked."""
@@ -607,6 +577,33 @@ def checkpoint_of(place: Path, warn: Callable[[str], None]) -> Checkpoint:
     return with_events(checkpoint)
 
 
+def go_back_to_origin(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """Where a run without a valid checkpoint goes on: a fork where it began, others at step 0."""
+    require(
+        not step_directories(run),
+        f"{run}: none of its checkpoints is valid; expected at least one to continue from; restore "
+        "one, or start a new run in another directory",
+    )
+    saved = [entry["step"] for entry in log_entries(run) if entry["event"] == "save"]
+    origin = read_origin(run)
+    if origin is None:
+        if saved:
+            say(
+                f"warning: {run}: no checkpoint is there, although the log tells of one at step "
+                f"{max(saved)}"
+            )
+        return None
+    parent = Path(origin["run"])
+    checkpoint = checkpoint_of(parent / step_name(origin["step"]), say)
+    require(
+        checkpoint.weights_sha256 == origin["weights"],
+        f"{checkpoint.folder}: other weights than {run} was forked from; expected that checkpoint, "
+        "since the fork has saved none of its own; restore it, or fork into another directory",
+    )
+    copy_log(parent, run, checkpoint.step)
+    return checkpoint
+
+
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint."""
     file = folder / "state.json"
@@ -815,7 +812,7 @@ def begin_log(run: Path, say: Callable[[str], None]) -> None:
     file = run / "log.jsonl"
     if any(log_entries(run)):
         file.replace(run / "log-old.jsonl")
-        say(f"nothing had been saved in {run}: it begins anew; its log is now log-old.jsonl")
+        say(f"{run} begins at step 0 again; its log up to here is now log-old.jsonl")
     write_file(file)
 
 
@@ -874,7 +871,7 @@ def describe_model(name: str):
 def encoding_of(config, picked: str) -> tiktoken.Encoding:
     """The encoding that a model reads: named by its config.json, else known by its vocabulary."""
     from support.shards import ENCODINGS
-    from tokens import encoding_for
+    from tokens import encoding_of
 
     file = Path(picked, "config.json")
     name = None
@@ -885,10 +882,7 @@ def encoding_of(config, picked: str) -> tiktoken.Encoding:
             f"{file}: encoding {name[:80]!r}; expected one of {', '.join(ENCODINGS)}; use a model "
             "that reads one of them"
         )
-    encoding = encoding_for(config.vocab_size, name, picked)
-    if Path(picked).is_dir():
-        check_tokenizer(Path(picked), encoding)
-    return encoding
+    return encoding_of(SimpleNamespace(config=config, encoding_name=name), picked)
 
 
 def is_regular(file: Path) -> bool:

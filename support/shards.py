@@ -297,7 +297,27 @@ def _encoding_of(shards: list[Shard]) -> str:
     return "gpt2"
 
 
-def cut(shards: list[Shard], num_tokens: int) -> tuple[list[Shard], list[Shard]]:
+# corpus_val_000000.bin, val.npy, validation-00000.bin, val_00000_00000_doc_shuffled.ds
+VALIDATION_FILE = re.compile(r"(^|[_.-])val(id|idation)?([_.-]?\d+)*(_\w*shuffled)?\.\w+$")
+# An evaluation reads at most 10,485,760 tokens, and the last one needs a target.
+MAX_VALIDATION_TOKENS = 10_485_760 + 1
+
+
+def split(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
+    """The shards for training and those for validation.
+
+    Names say which is which, as in `corpus_val_000000.bin`. fineweb.py always writes such a shard,
+    and decides what it holds. Where no name does, as in datatrove's files, the last tenth of the
+    tokens validates, as they lie, at most MAX_VALIDATION_TOKENS.
+    """
+    val = [shard for shard in shards if VALIDATION_FILE.search(shard.path.name)]
+    if val:
+        return [shard for shard in shards if not VALIDATION_FILE.search(shard.path.name)], val
+    total = sum(shard.count for shard in shards)
+    return _cut(shards, total - min(total // 10, MAX_VALIDATION_TOKENS))
+
+
+def _cut(shards: list[Shard], num_tokens: int) -> tuple[list[Shard], list[Shard]]:
     """Divide shards into their first `num_tokens` tokens and the others."""
     remaining = num_tokens  # of the first part
     before_cut = []

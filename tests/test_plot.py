@@ -301,7 +301,9 @@ def test_a_number_that_no_log_has_is_refused_with_those_that_there_are(tmp_path,
         draw(write_run(tmp_path / "a"), y="nope")
 
 
-@pytest.mark.parametrize("data", ["edu_fineweb10B", "edu_fineweb10B/", "/data/edu_fineweb10B"])
+@pytest.mark.parametrize(
+    "data", [["edu_fineweb10B"], "edu_fineweb10B", "edu_fineweb10B/", "/data/edu_fineweb10B"]
+)
 def test_openais_loss_is_drawn_on_fineweb_edu_wherever_it_lies(data, tmp_path, draw):
     figure = draw(write_run(tmp_path / "a", data=data))
     texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]

@@ -248,14 +248,32 @@ def test_a_process_killed_at_any_call_of_a_save_leaves_the_old_checkpoint_or_the
 ):
     for number in range(1, len(calls_of_a_save) + 1):
         folder = shutil.copytree(run_at_step_1, tmp_path / f"call-{number}")
-        child = os.fork()
-        if child == 0:
-            with at_call(number, lambda name, args: os._exit(9), after):
-                save(folder, 2, pair, keep=1)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        die_at_call(number, folder, pair, after)
         assert_old_or_new_is_valid(folder)
         shutil.rmtree(folder)
+
+
+def die_at_call(number: int, folder: Path, pair, after: bool = False) -> None:
+    """Save step 2 in a process that dies at this call."""
+    child = os.fork()
+    if child == 0:
+        with at_call(number, lambda name, args: os._exit(9), after):
+            save(folder, 2, pair, keep=1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_a_fork_killed_at_any_call_of_its_first_save_goes_on_from_its_parent_or_the_save(
+    tmp_path, pair, run_at_step_1
+):
+    fork(run_at_step_1, "step_000001", tmp_path / "fork").__exit__(None, None, None)
+    counted = shutil.copytree(tmp_path / "fork", tmp_path / "counted")
+    with at_call(0, None) as calls:
+        save(counted, 2, pair)
+    for number in range(1, len(calls) + 1):
+        folder = shutil.copytree(tmp_path / "fork", tmp_path / f"call-{number}")
+        die_at_call(number, folder, pair)
+        assert_old_or_new_is_valid(folder)
 
 
 def test_a_failed_background_save_is_known_without_waiting_and_raised_by_who_waits(run, pair):
@@ -384,6 +402,14 @@ def test_pruning_keeps_the_newest_and_the_best(run, pair):
     assert names(run) == ["step_000001", "step_000003", "step_000004"]
 
 
+def test_pruning_spares_the_checkpoint_before_a_decay_begins(run, pair):
+    for step in (1, 2, 3, 4, 5):
+        save(run, step, pair, keep=1, spare=[3])
+    assert names(run) == ["step_000003", "step_000005"]
+    save(run, 6, pair, keep=1, spare=[4])  # where no checkpoint is, the one before it
+    assert names(run) == ["step_000003", "step_000006"]
+
+
 def test_with_keep_1_and_the_newest_damaged_a_resumed_run_keeps_what_it_saves(run, pair):
     save(run, 1, pair)
     DAMAGE["empty weights"](save(run, 3, pair))
@@ -502,6 +528,151 @@ def test_the_save_stands_in_the_log_whenever_the_checkpoint_is_there(run, pair, 
     monkeypatch.setattr(os, "rename", look_at_log)
     save(run, 1, pair)
     assert '"event": "save", "step": 1' in seen[-1]
+
+
+def test_a_log_that_is_gone_is_a_warning(run, pair):
+    save(run, 1, pair)
+    (run / "log.jsonl").unlink()
+    warnings = []
+    assert resume(run, warnings.append).step == 1
+    assert "log.jsonl: nothing is there of the 1 steps before" in warnings[0]
+
+
+def test_checkpoints_that_are_all_gone_are_a_warning_and_the_old_log_is_kept(run, pair):
+    shutil.rmtree(save(run, 1, pair))
+    old_log = (run / "log.jsonl").read_bytes()
+    said = []
+    assert resume(run, said.append) is None
+    assert "the log tells of one at step 1" in said[0]
+    with RunDirectory(run, 512, writes=True, say=said.append) as directory:
+        directory.begin({}, CPU)
+    assert "begins at step 0 again" in said[1]
+    assert (run / "log-old.jsonl").read_bytes() == old_log
+    assert (run / "log.jsonl").read_bytes() == b""
+
+
+# --------------------------------------------------------------------------------------- forks
+
+
+@pytest.fixture
+def parent(run, pair) -> Path:
+    """A run with checkpoints at steps 1 and 2, and a log that goes on."""
+    for step in (1, 2):
+        with open(run / "log.jsonl", "a") as f:
+            f.write(json.dumps({"event": "train", "step": step, "tokens": 512 * step}) + "\n")
+        save(run, step, pair)
+    with open(run / "log.jsonl", "a") as f:
+        f.write('{"event": "train", "step": 3, "tokens": 1536}\n{"event": "tra')
+    return run
+
+
+def fork(parent: Path, name: str, folder: Path, tokens_per_step: int = 512) -> RunDirectory:
+    checkpoint = run_directory.checkpoint_of(parent / name, print)
+    directory = RunDirectory(folder, tokens_per_step, writes=True, say=print)
+    directory.claim(may_hold_run=False)
+    directory.begin({}, CPU, checkpoint.as_origin(samples=16 * checkpoint.step))
+    directory.continue_from(checkpoint)
+    return directory
+
+
+def events(run: Path) -> list[tuple[str, int]]:
+    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [(entry["event"], entry["step"]) for entry in entries]
+
+
+def test_a_fork_begins_with_the_log_of_its_parent_and_says_where_it_comes_from(parent, tmp_path):
+    with fork(parent, "step_000002", tmp_path / "fork") as directory:
+        assert directory.has_logged("save", 2)
+        directory.log("train", 3)
+    expected = [("train", 1), ("save", 1), ("train", 2), ("save", 2), ("train", 3)]
+    assert events(tmp_path / "fork") == expected
+    assert json.loads((tmp_path / "fork/train.json").read_text())["origin"] == {
+        "run": str(parent),
+        "step": 2,
+        "samples": 32,
+        "weights": files.file_sha256(parent / "step_000002/model.safetensors"),
+    }
+
+
+def test_a_fork_leaves_its_parent_as_it_was(parent, tmp_path, pair):
+    before = {file: file.read_bytes() for file in parent.rglob("*") if file.is_file()}
+    with fork(parent, "step_000001", tmp_path / "fork") as directory:
+        save_in(directory, 2, pair)
+    assert {file: file.read_bytes() for file in parent.rglob("*") if file.is_file()} == before
+
+
+def test_a_fork_with_another_batch_counts_its_tokens_on(parent, tmp_path):
+    with fork(parent, "step_000002", tmp_path / "fork", tokens_per_step=100) as directory:
+        assert directory.tokens_at(4) == 2 * 512 + 2 * 100
+
+
+def test_a_fork_that_has_saved_nothing_goes_back_to_the_checkpoint_it_began_with(parent, tmp_path):
+    with fork(parent, "step_000001", tmp_path / "fork") as directory:
+        directory.log("train", 2)
+    checkpoint = resume(tmp_path / "fork")
+    assert checkpoint.folder == parent / "step_000001"
+    assert checkpoint.logged == {"train", "save"}
+    assert events(tmp_path / "fork") == [("train", 1), ("save", 1)]
+
+
+def test_a_fork_that_has_saved_goes_on_from_that(parent, tmp_path, pair):
+    with fork(parent, "step_000001", tmp_path / "fork") as directory:
+        save_in(directory, 2, pair)
+    assert resume(tmp_path / "fork").folder == tmp_path / "fork/step_000002"
+
+
+@pytest.mark.parametrize("fault", [shutil.rmtree, DAMAGE["empty weights"]])
+def test_a_fork_without_its_parents_checkpoint_is_an_error_that_names_it(parent, tmp_path, fault):
+    fork(parent, "step_000001", tmp_path / "fork").__exit__(None, None, None)
+    fault(parent / "step_000001")
+    with pytest.raises(UserError, match="step_000001"):
+        resume(tmp_path / "fork")
+
+
+def test_a_fork_whose_parent_was_trained_again_is_refused(parent, tmp_path):
+    fork(parent, "step_000001", tmp_path / "fork").__exit__(None, None, None)
+    save(parent, 1, trained())
+    with pytest.raises(UserError, match="other weights than"):
+        resume(tmp_path / "fork")
+
+
+def test_a_run_is_forked_from_its_newest_valid_checkpoint_and_not_changed(parent):
+    DAMAGE["empty weights"](parent / "step_000002")
+    warnings = []
+    assert run_directory.checkpoint_of(parent, warnings.append).step == 1
+    assert "step_000002/model.safetensors: damaged" in warnings[0]
+    assert names(parent) == ["step_000001", "step_000002"]
+
+
+def test_a_damaged_step_is_not_replaced_by_another_one(parent):
+    DAMAGE["empty weights"](parent / "step_000002")
+    with pytest.raises(UserError, match="step_000002/model.safetensors: damaged"):
+        run_directory.checkpoint_of(parent / "step_000002", print)
+
+
+def test_a_running_run_can_be_forked(parent):
+    with files.locked(parent):
+        assert run_directory.checkpoint_of(parent, print).step == 2
+
+
+def test_a_checkpoint_that_a_running_run_prunes_meanwhile_is_no_fault(parent, pair, monkeypatch):
+    real = run_directory.load_checkpoint
+
+    def prune_before(folder):
+        if folder.name == "step_000002":
+            save(parent, 3, pair, keep=1)
+        return real(folder)
+
+    monkeypatch.setattr(run_directory, "load_checkpoint", prune_before)
+    warnings = []
+    assert run_directory.checkpoint_of(parent, warnings.append).step == 3
+    assert not warnings
+
+
+@pytest.mark.parametrize("name", ["step_000009", "step_000001/config.json", "../nothing"])
+def test_what_is_no_checkpoint_cannot_be_forked(parent, name):
+    with pytest.raises(UserError):
+        run_directory.checkpoint_of(parent / name, print)
 
 
 # ------------------------------------------------------------------------------- what is picked

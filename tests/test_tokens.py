@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tools import write_counting_data
 
-import tokens
+from support import shards
 from support.huggingface import save_tokenizer
 from support.script import UserError
 from support.shards import Shard, write_shard
@@ -65,8 +65,8 @@ def test_the_encoding_of_a_model(vocab_size, name, encoding):
     [
         (50258, None, r"resize_token_embeddings\(50257\)"),
         (0, None, "0 tokens"),
-        (256, "bytes", "at least 257"),
-        (257, "gpt2", "at least 50,257"),
+        (256, "bytes", "256 tokens, encoding bytes"),
+        (257, "gpt2", "257 tokens, encoding gpt2"),
         (257, "klingon", "klingon"),
     ],
 )
@@ -90,11 +90,11 @@ def test_a_model_with_tokenizer_files_of_another_encoding_is_refused(tmp_path):
 def test_shards_form_one_array(tmp_path_factory, counts, data):
     folder = tmp_path_factory.mktemp("s")
     stream = np.arange(sum(counts), dtype=np.uint16)
-    shards = []
+    parts = []
     for i, part in enumerate(np.split(stream, np.cumsum(counts)[:-1])):
         write_shard(folder / f"{i}.bin", part)
-        shards.append(Shard.open(folder / f"{i}.bin"))
-    array = TokenArray(shards, vocab_size=257)
+        parts.append(Shard.open(folder / f"{i}.bin"))
+    array = TokenArray(parts, vocab_size=257)
     start = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(start, len(stream)))
     assert len(array) == len(stream)
@@ -147,7 +147,7 @@ def test_without_a_name_the_last_tenth_validates_up_to_a_greatest_length(tmp_pat
         write_shard(tmp_path / f"{i:02d}.bin", np.full(2, i, dtype=np.uint16))
     data = open_data(tmp_path)
     assert data.val.read(0, len(data.val)).tolist() == [18, 18, 19, 19]
-    monkeypatch.setattr(tokens, "MAX_VALIDATION_TOKENS", 3)
+    monkeypatch.setattr(shards, "MAX_VALIDATION_TOKENS", 3)
     data = open_data(tmp_path)
     assert data.val.read(0, len(data.val)).tolist() == [18, 19, 19]
     assert len(data.train) == 37
