@@ -424,7 +424,7 @@ def evaluate(
     kind = model.device.type
     batches = make_batches(rows, batch_tokens or BATCH_TOKENS[kind], PAD_TO[kind])
     rounds = range(0, len(batches), rt.world_size)  # in each one every rank scores one batch
-    weight = model.transformer.wte.weight.detach().to(rt.dtype)
+    weight = model.head_weight.detach().to(rt.dtype)
     weight = F.pad(weight, (0, 0, 0, -len(weight) % PAD_VOCABULARY_TO))
 
     log_p = np.zeros(4 * len(items))  # 0 for the endings that other ranks score

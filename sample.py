@@ -32,9 +32,10 @@ import torch
 import tyro
 
 from model import GPT, KVCache
-from support import run_directory
+from support.run_directory import resolve_model
 from support.runtime import masked_attention, pack_linears, start
 from support.script import Range, check_fields, parse_flags, require, run_script, shown
+from tokens import encoding_of
 
 # ---------------------------------------------------------------------------- one token
 
@@ -152,7 +153,7 @@ def compiled_read():
 
     It is the same graph at every position, because how full the cache is is data, not code.
     Attention reads all block_size places. cache.position, on the device, says which are valid:
-    GPT.hidden masks the places to the right of the token that is read.
+    KVCache.next_positions hides the places to the right of the token that is read.
     """
     return torch.compile(last_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
@@ -163,7 +164,7 @@ def new_cache(model: GPT, batch_size: int, num_tokens: int, compiled: bool) -> K
     if not compiled:
         length = min(length, num_tokens)
     # On a CPU attention of one query takes half as long as in bfloat16.
-    dtype = torch.float32 if model.device.type == "cpu" else model.transformer.wte.weight.dtype
+    dtype = torch.float32 if model.device.type == "cpu" else model.head_weight.dtype
     cache = KVCache(model.config, batch_size, length, model.device, dtype)
     if compiled:  # a CUDA graph writes to the addresses it was recorded with
         for tensor in [*cache.k, *cache.v, cache.position]:
@@ -280,9 +281,9 @@ class SampleConfig:
 
 def load_model(name: str, dropout: float = 0.0) -> tuple[GPT, tiktoken.Encoding, str]:
     """The model that a name stands for ("": the newest run), its encoding, what was picked."""
-    picked = run_directory.resolve_model(name or None)
+    picked = resolve_model(name)
     model = GPT.from_pretrained(picked, dropout)
-    return model, run_directory.encoding_of(model.config, picked), picked
+    return model, encoding_of(model, picked), picked
 
 
 def prompts(config: SampleConfig) -> Iterator[str]:

@@ -263,7 +263,7 @@ def pack_linears(model: nn.Module, rows: int) -> bool:
     It is possible for bfloat16 weights on a CPU with bfloat16 products. A packed model can neither
     be trained nor saved.
     """
-    weight = model.transformer.wte.weight
+    weight = model.head_weight
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return False
     capabilities = torch.cpu.get_capabilities()
