@@ -2,7 +2,8 @@
 
 A corpus is a directory of token files (support/shards.py). The files of a split form one long array
 of tokens. Training cuts it into windows: window k is tokens kT … kT+T, that is T inputs and the T
-targets one token later. `training_windows` decides which windows a step sees.
+targets one token later. `training_windows` decides which windows a step sees,
+and `Mixture` from which corpus.
 """
 
 import functools
@@ -47,8 +48,8 @@ def get_encoding(name: str) -> tiktoken.Encoding:
 def encoding_of(model, place: str) -> tiktoken.Encoding:
     """The encoding that a model reads: named by its config.json, else known by its vocabulary.
 
-    place: what it was loaded from. Tokenizer files that lie there must say the same. A vocabulary
-    may have more rows than a named encoding has tokens, added for padding.
+    place: what it was loaded from. Tokenizer files there must say the same. A model may have more
+    rows than a named encoding has tokens, added for padding.
     """
     rows = model.config.vocab_size
     names = {size: name for name, size in ENCODINGS.items()}
@@ -128,17 +129,14 @@ class TokenData:
 
 
 def open_data(folder: str | os.PathLike) -> TokenData:
-    """Open a directory of token files, ours or another program's. Nothing is written to it.
-
-    The validation part is what the files' names say, or the last tenth (see `split`).
-    """
+    """Open a directory of token files, ours or another program's. Nothing is written to it."""
     folder = Path(folder)
     encoding, shards = listed(folder)
     train, val = split(shards)
     require(
         len(train) > 0,
-        f"{folder}: {len(shards)} token shards; expected some for training and some for "
-        "validation; prepare them with fineweb.py, or name text files",
+        f"{folder}: no shards to train on; expected token shards; prepare them with fineweb.py, or "
+        "name text files",
     )
     vocab_size = ENCODINGS[encoding]
     return TokenData(
@@ -154,7 +152,7 @@ def open_data(folder: str | os.PathLike) -> TokenData:
 # All training is one endless stream of samples, numbered 0, 1, 2, …; each sample is one window.
 # Step s of S sequences takes samples sS … sS+S-1. The ranks divide these into equal, consecutive
 # parts. With 32 sequences a step, step 10 takes samples 320 … 351, and of these rank 1 of 4 takes
-# 328 … 335. `training_windows` says which windows these samples are.
+# 328 … 335.
 
 
 def training_windows(first: int, count: int, num_windows: int, seed: int) -> np.ndarray:
@@ -235,7 +233,8 @@ class Mixture:
     """Corpora that are trained on together, in proportion to their weights; or a single one.
 
     A pattern, repeated without end, says which corpus each sample is of. The k-th sample of a
-    corpus is the one that it would be if this corpus were trained on alone.
+    corpus is the one that it would be if this corpus were trained on alone. So each is shuffled
+    anew when it has been read once, and again nothing but seed and step decide.
     """
 
     def __init__(self, corpora: dict[str, TokenData], weights: list[float]):

@@ -224,11 +224,13 @@ def listed(folder: Path) -> tuple[str, list[Shard]]:
 
 
 def holds_tokens(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a corpus: whether it holds token files or a manifest, finished or not."""
+    """Whether a folder is a corpus, finished or not.
+
+    One whose preparation was only begun has no token file, and counts as little as none.
+    """
     if not os.path.isdir(folder):
         return False
-    manifests = ("manifest.json", "manifest.partial.json")
-    return any(name.endswith(SUFFIXES) or name in manifests for name in os.listdir(folder))
+    return any(name.endswith(SUFFIXES) or name == "manifest.json" for name in os.listdir(folder))
 
 
 def token_files(folder: Path) -> list[str]:
