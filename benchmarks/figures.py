@@ -473,11 +473,7 @@ def draw_mask(p: Picture, c: GPTConfig, x, y, position, count) -> None:
     """The mask that the cache gives for `count` tokens after `position` others."""
     cache = KVCache(c, 1, c.block_size, torch.device("cpu"), torch.float32)
     cache.position += position
-    _, mask = (
-        cache.next_positions(count)
-        if hasattr(cache, "next_positions")
-        else (0, torch.arange(c.block_size) <= cache.positions(count)[:, None])
-    )
+    _, mask = cache.next_positions(count)
     for row, places in enumerate(mask.tolist()):
         for place, is_seen in enumerate(places):
             p.rect(x + 20 * place, y + 18 * row, 20, 18, ORANGE if is_seen else WHITE, GREY)

@@ -4,6 +4,7 @@
     python benchmarks/recipes.py final              # the comparison, on seeds that chose nothing
     python benchmarks/recipes.py tune --size 12M    # the same for a larger model
     python benchmarks/recipes.py speed              # seconds per step, the optimizers in turn
+    python benchmarks/recipes.py trunk              # one trunk and its cool-downs; see trunk.py
     python benchmarks/recipes.py report             # tables as Markdown, and the picture
 
 Each finished run is one JSON line of --results. A run that has its line is not repeated, so a
@@ -26,6 +27,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import trunk  # noqa: E402
 
 from fineweb import PrepareConfig, prepare  # noqa: E402
 from model import GPT, NextTokenLoss  # noqa: E402
@@ -429,18 +432,8 @@ def by_recipe(results: list[dict], experiment: str) -> dict[str, dict[int, dict]
     return found
 
 
-# Student's t at 97.5% by number of seeds: half the width of a 95% interval in standard errors.
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-
-
-def difference(runs: dict[int, dict], others: dict[int, dict]) -> tuple[float, float] | None:
-    """Mean loss of `runs` minus that of `others`, seed by seed, and half its 95% interval."""
-    seeds = sorted(runs.keys() & others.keys())
-    if len(seeds) not in T_95:
-        return None
-    values = [runs[seed]["val_loss"] - others[seed]["val_loss"] for seed in seeds]
-    error = statistics.stdev(values) / len(seeds) ** 0.5
-    return statistics.mean(values), T_95[len(seeds)] * error
+def losses(runs: dict[int, dict]) -> dict[int, float]:
+    return {seed: run["val_loss"] for seed, run in runs.items()}
 
 
 def print_tuning(results: list[dict], size: str) -> None:
@@ -461,10 +454,10 @@ def print_finals(results: list[dict]) -> None:
         "| recipe | steps | seeds | validation loss | less tuned AdamW's |", "|---|---|---|---|---|"
     )
     for recipe, seeds in sorted(runs.items()):
-        losses = [result["val_loss"] for result in seeds.values()]
-        spread = f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
-        gap = difference(seeds, runs.get("adamw", {})) if recipe != "adamw" else None
-        gap_text = f"{gap[0]:+.4f} ± {gap[1]:.4f}" if gap else ""
+        values = losses(seeds).values()
+        spread = f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+        adamw = {} if recipe == "adamw" else runs.get("adamw", {})
+        gap_text = trunk.difference(losses(seeds), losses(adamw))
         steps = next(iter(seeds.values()))["steps"]
         say(f"| {recipe} | {steps:,} | {len(seeds)} | {spread} | {gap_text} |")
 
@@ -574,13 +567,16 @@ def report(config: "RecipesConfig") -> None:
 @dataclass(frozen=True)
 class RecipesConfig:
     # what to do
-    experiment: tyro.conf.Positional[Literal["tune", "final", "speed", "report"]]
+    experiment: tyro.conf.Positional[Literal["tune", "final", "speed", "trunk", "report"]]
     size: Literal[tuple(SIZES)] = "0.8M"  # of the model; `report` takes all
     results: str = "docs/recipes.jsonl"  # where each finished run gets its line
     picture: str = "docs/recipes.png"  # where `report` draws
     only: tuple[str, ...] = ()  # recipes of the experiment to run; none: all
     seeds: tuple[int, ...] = ()  # seeds of the experiment to run; none: all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # dtype of matrix products
+    steps: int = 3600  # the budget of the experiment trunk
+    runs: str = "runs"  # where its runs are kept
+    trunk_picture: str = "docs/trunk.png"  # where it draws
 
 
 def main() -> None:
@@ -592,6 +588,9 @@ def main() -> None:
         run_experiment(final_trials(config.size), config, POINTS, math.inf)
     elif config.experiment == "speed":
         measure_speed(config)
+    elif config.experiment == "trunk":
+        files = (Path(config.results), Path(config.runs), Path(config.trunk_picture))
+        trunk.run_all(config.steps, config.seeds, *files)
     else:
         report(config)
 

@@ -1,7 +1,9 @@
 """benchmarks/recipes.py: the rules of the comparison, and one line of results for each run."""
 
+import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tools import ROOT, write_bytes_data
@@ -9,6 +11,7 @@ from tools import ROOT, write_bytes_data
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import recipes  # noqa: E402
+import trunk  # noqa: E402
 from recipes import SIZES, RecipesConfig, final_trials, tuning_trials  # noqa: E402
 
 sizes = pytest.mark.parametrize("size", SIZES)
@@ -57,3 +60,51 @@ def test_a_finished_run_is_one_line_and_is_not_repeated(tmp_path, monkeypatch):
     recipes.run_experiment(final_trials("0.8M"), config, points=2, val_tokens=64)
     assert recipes.read_results(tmp_path / "results.jsonl") == results
     assert [result["steps"] for result in results] == [10, 10, 7, 5, 4, 3]
+
+
+# ------------------------------------------------------------------------------ the trunk
+
+
+def test_forks_begin_at_checkpoints_that_the_trunk_saves():
+    steps = 3600
+    runs = {planned.name: planned for planned in trunk.planned_runs(steps)}
+    for planned in runs.values():
+        if planned.trunk:
+            begins = planned.forked_at
+            assert begins % (steps // 5) == 0
+            assert begins <= runs[planned.trunk].steps
+    cooled = runs["cooled-0.25"]
+    assert (cooled.forked_at, cooled.steps, cooled.trained) == (720, 900, 180)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands of the experiment, none of which is run."""
+    commands = []
+
+    def call(script, *args):
+        commands.append([script, *map(str, args)])
+        if "--eval-only" in args:
+            return "validation loss 1.25 nats per token"
+        out = Path(args[args.index("--out") + 1])
+        out.mkdir(parents=True)
+        (out / "train.json").write_text('{"data": "data/first-run"}')
+        (out / "log.jsonl").touch()
+        return ""
+
+    monkeypatch.setattr(trunk, "call", call)
+    return commands
+
+
+def test_the_trunk_experiment_makes_each_run_once(commands, tmp_path, capsys):
+    where = (tmp_path / "results.jsonl", tmp_path / "runs", tmp_path / "trunk.png")
+    trunk.run_all(80, (11, 12), *where)
+    table = capsys.readouterr().out
+    made = len(commands)
+    assert made == 2 * 2 * len(trunk.planned_runs(80))  # trained and measured, two seeds
+    assert table.count("1.2500, 1.2500") == len(trunk.planned_runs(80))
+    assert where[2].exists()
+    trunk.run_all(80, (11, 12), *where)
+    assert len(commands) == made
+    results = [json.loads(line) for line in where[0].read_text().splitlines()]
+    assert {result["seed"] for result in results} == {11, 12}
