@@ -26,7 +26,7 @@ from tiktoken.load import read_file_cached
 
 from support.files import plain_name, read_bytes, read_json, sync, write_file
 from support.network import PROBE_OF_GPT2, same_probe, with_weights
-from support.script import UserError, require, shown
+from support.script import UserError, require, say, shown
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -90,6 +90,7 @@ def save_config(folder: Path, config: dict) -> None:
         values = {"bos_token_id": end_of_text, "eos_token_id": end_of_text} | values
     if not same_probe(values["network_probe"], PROBE_OF_GPT2):
         values |= EDITED
+        say_edited()
     # Without max_length, transformers' pipeline generates past the last position and fails.
     generation = {"max_length": block_size}
     for key in ("bos_token_id", "eos_token_id"):
@@ -97,6 +98,14 @@ def save_config(folder: Path, config: dict) -> None:
             generation[key] = values[key]
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", generation)
+
+
+@functools.cache  # once is enough
+def say_edited() -> None:
+    say(
+        "note: model.py is not plain GPT-2 here. Its checkpoints say so (model_type "
+        f"{EDITED['model_type']}): transformers refuses them, this program reads them."
+    )
 
 
 def read_config(place: str | os.PathLike) -> dict:
