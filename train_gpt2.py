@@ -54,6 +54,8 @@ from model import GPT, SIZES, GPTConfig, NextTokenLoss
 from sample import sample_text
 from support import run_directory, script
 from support.files import plain_name, read_bytes, read_json, same_folder, write_file
+from support.huggingface import load_model
+from support.network import probe
 from support.optimizer import (
     blank_tensors,
     load_optimizer_tensors,
@@ -1141,10 +1143,9 @@ def build_model(
     def read() -> GPTConfig:
         nonlocal model
         if checkpoint:
-            with torch.device("meta"):
-                model = GPT(model_config(config))
-            model.load_state_dict(checkpoint.weights, assign=True)
-            model.requires_grad_(True)
+            saved, folder, weights = checkpoint.config, checkpoint.folder, checkpoint.weights
+            build = functools.partial(GPT, model_config(config))
+            model = load_model(folder, saved, build, probe(GPT.tiny), weights)
         else:
             model = read_model(config, data, rt, config.init_from)
         return model.config

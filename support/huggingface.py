@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,18 +181,27 @@ def save_model(folder: str | os.PathLike, config: dict, tensors: dict[str, torch
 
 
 def load_model(
-    folder: Path, config: dict, build: Callable[[], torch.nn.Module], network_probe: list[float]
+    folder: Path,
+    config: dict,
+    build: Callable[[], torch.nn.Module],
+    network_probe: list[float],
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> torch.nn.Module:
     """The network that `build` makes with the weights of a directory, in evaluation mode.
 
-    config: from `read_config`. network_probe: of the network. Where the two are of different
-    networks, weights are loaded as far as names agree, and a warning says so.
+    config: of the directory, from `read_config`. network_probe: of the network. Where the two are
+    of different networks, weights are loaded as far as names agree, and a warning says so.
+    tensors: the weights, by the network's names, where the caller has read them already.
     """
     is_same = same_probe(config["network_probe"], network_probe)
     with torch.device("meta"):
         state = build().state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return with_weights(build, read_weights(folder, shapes, strict=is_same))
+    if tensors is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        tensors = read_weights(folder, shapes, strict=is_same)
+    else:
+        compare_names(folder, tensors.keys(), state.keys(), strict=is_same)
+    return with_weights(build, tensors)
 
 
 @dataclass(frozen=True)
@@ -225,10 +234,8 @@ def read_weights(
         stored.setdefault(HEAD, stored[EMBEDDING])
     elif HEAD in stored:
         shapes = shapes | {HEAD: shapes[EMBEDDING]}  # read too, and compared below
-    if not strict:
-        warn_of_differences(folder, stored, shapes)
-        shapes = {name: shape for name, shape in shapes.items() if name in stored}
-        stored = {name: tensor for name, tensor in stored.items() if name in shapes}
+    compare_names(folder, stored.keys(), shapes.keys(), strict)
+    stored = {name: tensor for name, tensor in stored.items() if name in shapes}
     check_stored(folder, stored, shapes)
 
     tensors = {}
@@ -300,41 +307,41 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ) from None
 
 
+def compare_names(folder: Path, found: Set[str], expected: Set[str], strict: bool) -> None:
+    """Refuse weights that are not the network's by name, or, if not strict, warn of them."""
+    missing = shown(", ".join(sorted(expected - found)))
+    unknown = shown(", ".join(sorted(found - expected)))
+    if strict:
+        require(
+            not missing and not unknown,
+            f"{folder}: missing weights: {missing or 'none'}, unknown weights: "
+            f"{unknown or 'none'}; expected those that belong to its config.json; use others",
+        )
+        return
+    message = f"warning: {folder}: saved by another network than this model.py's"
+    if missing:
+        message += f"; new here, and untrained: {missing}"
+    if unknown:
+        message += f"; not in this network, and left out: {unknown}"
+    print(message, file=sys.stderr, flush=True)
+
+
 def check_stored(
     folder: Path, stored: dict[str, StoredTensor], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Refuse stored tensors that are not of these names and shapes, in floating point."""
-    for name in sorted(shapes.keys() | stored.keys()):
-        found = "not there"
-        expected = "nothing of this name"
-        if name in stored:
-            found = f"of shape {shown('×'.join(map(str, stored[name].shape)))}"
-        if name in shapes:
-            expected = "×".join(map(str, shapes[name]))
+    """Refuse stored tensors of other shapes, or not in floating point."""
+    for name, tensor in stored.items():
+        found, expected = ("×".join(map(str, s)) for s in (tensor.shape, shapes[name]))
         require(
-            name in stored and name in shapes and stored[name].shape == tuple(shapes[name]),
-            f"{folder}: {shown(name)} is {found}; expected {expected}; use weights that belong to "
-            "this config.json",
+            found == expected,
+            f"{folder}: {name} is of shape {shown(found)}; expected {expected}; use weights that "
+            "belong to this config.json",
         )
         require(
-            stored[name].dtype in ("F64", "F32", "F16", "BF16"),
-            f"{folder}: {name} is of type {stored[name].dtype}; expected F32, F16, BF16 or F64; "
-            "use weights that are not quantised",
+            tensor.dtype in ("F64", "F32", "F16", "BF16"),
+            f"{folder}: {name} is of type {tensor.dtype}; expected F32, F16, BF16 or F64; use "
+            "weights that are not quantised",
         )
-
-
-def warn_of_differences(
-    folder: Path, stored: dict[str, StoredTensor], shapes: dict[str, tuple[int, ...]]
-) -> None:
-    """Say that the weights of another network are used, and what only one of the two has."""
-    message = f"{folder}: saved by another network than this model.py's"
-    only_network = sorted(shapes.keys() - stored.keys())
-    only_files = sorted(stored.keys() - shapes.keys())
-    if only_network:
-        message += f"; new here, and untrained: {shown(', '.join(only_network))}"
-    if only_files:
-        message += f"; not in this network, and left out: {shown(', '.join(only_files))}"
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def read_tensors(file: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -457,8 +457,8 @@ def fill(name, value):
 @pytest.mark.parametrize(
     "change, found",
     [
-        (take("ln_f.bias"), "transformer.ln_f.bias is not there; expected 32"),
-        (put("extra", 3), "extra is of shape 3; expected nothing of this name"),
+        (take("ln_f.bias"), "missing weights: transformer.ln_f.bias, unknown weights: none"),
+        (put("extra", 3), "missing weights: none, unknown weights: extra"),
         (put("\x1b]52;c;ZXZpbA==\x07", 3), r"\\x1b\]52"),
         (put("ln_f.bias", 32), "transformer.ln_f.bias is there twice"),
         (put("transformer.wpe.weight", 25, 32), "wpe.weight is of shape 25×32; expected 24×32"),
