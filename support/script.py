@@ -45,7 +45,7 @@ class Stopped(BaseException):
     """A signal has ended the work.
 
     Like KeyboardInterrupt it is no Exception: an `except Exception` in a library must not lose it.
-    message: the last line, such as how to go on.
+    message: what torchrun's report shall say of it, such as how to go on.
     at_once: it was not the first one, and nothing is waited for: neither a checkpoint that is being
     written, nor threads, nor what libraries do when a process ends.
     """
@@ -168,8 +168,8 @@ def shown(text: str, longest: int = 200, lines: bool = False) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def printable(text: str, stream: TextIO) -> str:
-    """The text as a terminal is safe from it; unchanged where the stream is none."""
+def _written(text: str, stream: TextIO) -> str:
+    """The text as it is written there: escaped on a terminal, and unchanged in a file or a pipe."""
     return shown(text, lines=True) if stream.isatty() else text
 
 
@@ -178,13 +178,13 @@ def say(*lines: str) -> None:
     from tqdm import tqdm
 
     with contextlib.suppress(OSError, ValueError):
-        tqdm.write(printable("\n".join(lines), sys.stdout))
+        tqdm.write(_written("\n".join(lines), sys.stdout))
         sys.stdout.flush()
 
 
 def _write_message(message: str) -> None:
     """One write for the whole message: under torchrun other ranks write to the same terminal."""
-    sys.stderr.write(printable(message, sys.stderr) + "\n")
+    sys.stderr.write(_written(message, sys.stderr) + "\n")
     sys.stderr.flush()
 
 
@@ -309,7 +309,7 @@ def run_script(main: Callable[[], None], out_of_memory: str = "ask for less at a
         message = message.replace("\n", "\\n")  # the name of a file may have more lines
         if code == 1:
             message = traceback.format_exc().rstrip()
-        told_torchrun = _tell_torchrun(message)
+        told_torchrun = _tell_torchrun(error.message if isinstance(error, Stopped) else message)
         if message and not (told_torchrun and _first_rank_says_it(error)):
             _write_message(with_rank(message) if code == 2 else message)
         # While a rank ends in good order gloo's threads, whose peers have gone, may abort it.
@@ -377,8 +377,7 @@ def exit_code_and_message(error: BaseException, out_of_memory: str) -> tuple[int
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
     if isinstance(error, Stopped):
-        interrupted = "interrupted" if error.signum == signal.SIGINT else ""
-        return 128 + error.signum, error.message or interrupted
+        return 128 + error.signum, "interrupted" if error.signum == signal.SIGINT else ""
     if isinstance(error, SystemExit):  # of the command line's reader, which has said why
         return error.code or 0, ""
     if has_lost_contact(error):
@@ -458,14 +457,4 @@ class TransientError(UserError):
     pass
 
 
-class FailedElsewhere(TransientError):
-    def __init__(self, reason: str = "", is_final: bool = True):
-        super().__init__(f"this rank ends, since rank 0 has failed: {reason or 'see there'}")
-
-
-LostContact = TransientError
 escaped = shown
-
-
-def is_final(error: BaseException) -> bool:
-    return not isinstance(error, TransientError)

@@ -162,10 +162,9 @@ def report(tmp_path, monkeypatch) -> Path:
     "error, message",
     [
         (UserError("this; expected that; do it"), "error: this; expected that; do it"),
-        (Stopped(signal.SIGUSR1, "stopped; to go on: that command"), "stopped; to go on: that"),
         (RuntimeError("Connection closed by peer"), "error: rank 1 has lost another rank"),
     ],
-    ids=["bad input", "stopped", "lost contact"],
+    ids=["bad input", "lost contact"],
 )
 def test_what_ranks_share_is_said_once_a_machine_and_in_torchruns_report(
     report, monkeypatch, capsys, local_rank, printed, error, message
@@ -175,6 +174,13 @@ def test_what_ranks_share_is_said_once_a_machine_and_in_torchruns_report(
     assert ("that" in err or "rank 1 has lost another rank" in err) == printed
     failure = ProcessFailure(local_rank=1, pid=9, exitcode=2, error_file=str(report))
     assert f": {message}" in str(ChildFailedError("train_gpt2.py", {1: failure}))
+
+
+def test_torchruns_report_says_how_to_go_on_after_a_stop(report, capsys):
+    error = Stopped(signal.SIGUSR1, "stopped; to go on: that command")
+    assert exit_code_of(error, capsys) == (128 + signal.SIGUSR1, "")
+    failure = ProcessFailure(local_rank=1, pid=9, exitcode=138, error_file=str(report))
+    assert ": stopped; to go on: that command" in str(ChildFailedError("x", {1: failure}))
 
 
 def test_what_one_rank_has_alone_is_said_by_it(report, monkeypatch, capsys):
