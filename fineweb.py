@@ -7,7 +7,7 @@
 
 The way of a token, from file to shard:
 
-    read     a source yields documents one by one, each with the position after it (documents.py)
+    read     files yield documents one by one, each with the position after it (documents.py)
     batch    documents are collected into batches of about half a million characters
     encode   threads turn batches into tokens (tiktoken releases the interpreter lock meanwhile)
     write    the main thread joins the tokens in the order of the documents and cuts shards
@@ -15,21 +15,25 @@ The way of a token, from file to shard:
 Each shard is committed together with the position of its last token. A preparation that was killed
 goes on after the last committed shard when the same command is run again. It ends with the same
 bytes as one that was never interrupted, whatever the number of threads.
+
+A corpus below two shards is in memory as a whole when it ends. Its documents are put in the order
+of a hash of their places, so that the last tenth, which validates, is like the rest.
 """
 
+if __name__ == "__main__":
+    from support import script
+
+    script.begin()
+
+import array
 import contextlib
 import dataclasses
-import datetime
-import functools
 import hashlib
-import json
-import math
 import os
 import re
 import shlex
 import shutil
 import sysconfig
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -41,29 +45,38 @@ import numpy as np
 import tiktoken
 import tyro
 
-import tokens
 from support import script
-from support import shards as token_files
 from support.documents import (
     ENDLESS_RUN,
+    MISSING,
+    NOT_UTF8,
     TOO_LONG,
+    File,
     Row,
     Unusable,
-    beginning,
+    ask_hub,
+    dataset_files,
     dataset_info,
-    dataset_source,
     expand,
-    file_source,
-    kind_and_compression,
-    naming_the_file,
-    on_hub,
     parts_of,
-    texts_in,
-    weight,
+    read_files,
 )
-from support.files import locked, plain_name, read_json, remove, remove_leftovers, walking
-from support.hub import EndlessDownload
-from support.script import UserError, parse_flags, run_script
+from support.files import file_sha256, locked, read_json, remove_leftovers, same_folder
+from support.progress import Progress
+from support.script import Range, UserError, check_fields, parse_flags, require, run_script, shown
+from support.shards import (
+    HEADER_BYTES,
+    MANIFEST_BYTES,
+    SUFFIXES,
+    add_downloaded_shard,
+    holds_tokens,
+    read_manifest,
+    verify,
+    verify_shards,
+    write_manifest,
+    write_shard,
+)
+from tokens import END_OF_TEXT, get_encoding
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_SAMPLE = "sample-10BT"
@@ -78,12 +91,15 @@ FIRST_RUN_FOLDER = "data/first-run"  # where the first run's corpus is prepared
 BATCH_CHARACTERS = 2**19
 # Characters of a document that is pointed out as probably several.
 LONG_DOCUMENT = 10_000_000
-# Share of documents that may be unusable. Beyond it the input is not what was meant. A single one
-# never ends a corpus of which something remains.
-MOST_SKIPPED = 0.1
+# Share of documents that may be damaged. Beyond it the input is not what was meant. A single one
+# never ends a corpus of which something remains. Documents that are only missing, as a null is,
+# are the corpus's own matter.
+MOST_DAMAGED = 0.1
+# Documents in a row from the start that may be unusable, before the rest is not read.
+MOST_UNUSABLE_AT_FIRST = 100_000
 
 
-# ---------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------- flags
 
 
 no_files = tyro.conf.arg(metavar="PATH …", help_behavior_hint="(default: none)")
@@ -99,7 +115,7 @@ class PrepareConfig:
     name: str = FINEWEB_EDU_SAMPLE
     # The dataset's split to read.
     split: str = "train"
-    # Branch, tag or commit of the dataset. The manifest records the commit it stands for.
+    # Branch, tag or commit of the dataset. The manifest also records the commit it stands for.
     revision: str = "main"
     # Column, or key of a JSON object, that holds the text.
     text_column: str = "text"
@@ -116,33 +132,21 @@ class PrepareConfig:
     # The output directory. '' means edu_fineweb10B for the default dataset, else data/<corpus>.
     out: str = ""
     # Tokens in a shard.
-    shard_tokens: int = 100_000_000
+    shard_tokens: Annotated[int, Range(1, 2**31 - 1)] = 100_000_000  # its header has 31 bits
     # Stop after this many tokens. 0 means never.
-    max_tokens: int = 0
-    # Encoding threads. 0 means one for each CPU core that this process may use: by its affinity
-    # mask, its control group and SLURM_CPUS_PER_TASK.
-    workers: int = 0
+    max_tokens: Annotated[int, Range(0, 2**62)] = 0
+    # Encoding threads. 0 means one for each CPU core that this process may use.
+    workers: Annotated[int, Range(0, 1024)] = 0
     # Check every size, sha256 and token of this data directory, and do nothing else.
     verify: str = ""
 
     def __post_init__(self):
-        # A shard's header holds its token count in 31 bits.
-        for name, least, most in (
-            ("shard_tokens", 1, 2**31 - 1),
-            ("max_tokens", 0, 2**62),
-            ("workers", 0, 1024),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {value}; expected a number from {least} to "
-                    f"{most}; choose one in that range"
-                )
-        if self.pretokenized and (self.input or self.tokenizer != "gpt2"):
-            raise UserError(
-                "--pretokenized with --input or --tokenizer bytes; expected gpt2 shards from the "
-                "hub; leave one of them out"
-            )
+        check_fields(self)
+        require(
+            not self.pretokenized or (not self.input and self.tokenizer == "gpt2"),
+            "--pretokenized with --input or --tokenizer bytes; expected gpt2 shards from the hub; "
+            "leave one of them out",
+        )
 
     @property
     def corpus(self) -> str:
@@ -181,65 +185,77 @@ class PrepareConfig:
         return Path("data") / self.corpus
 
 
-# ------------------------------------------------------------------------- batch
+# ------------------------------------------------------------------------------------------- batch
 
 
 class Batch(NamedTuple):
     """Documents that are encoded together, and those that were skipped between them.
 
-    position: the position of the source after them. fraction: how much of it has been read then.
+    places: of the documents. position: in the files, after the batch. fraction: how much of the
+    corpus has been read then.
     """
 
     documents: list[str]
+    places: list[str]
     skipped: list[Unusable]
-    position: Any
-    fraction: float | None
+    position: dict[str, int]
+    fraction: float
 
     @property
     def characters(self) -> int:
-        return sum(weight(document) for document in [*self.documents, *self.skipped])
+        return sum(map(weight, self.documents)) + 100 * len(self.skipped)
 
 
-def in_batches(rows: Iterator[Row]) -> Iterator[Batch]:
-    """Rows in batches of about BATCH_CHARACTERS, each of which ends at a known position."""
-    documents, skipped = [], []
+def weight(document: str | Unusable) -> int:
+    """The length of a text, and 100, so that empty ones fill a batch too."""
+    return 100 + len(document) if isinstance(document, str) else 100
+
+
+def in_batches(rows: Iterable[Row]) -> Iterator[Batch]:
+    """Rows in batches of about BATCH_CHARACTERS."""
+    batch = None
     characters = 0
-    position, fraction = None, None
-    for document, position, fraction in rows:  # noqa: B007  what the last row said is needed below
-        if isinstance(document, str):
-            documents.append(document)
+    for row in rows:
+        batch = batch or Batch([], [], [], {}, 0)
+        if isinstance(row.document, str):
+            batch.documents.append(row.document)
+            batch.places.append(row.place)
         else:
-            skipped.append(document)
-        characters += weight(document)
-        if characters >= BATCH_CHARACTERS and position is not None:
-            yield Batch(documents, skipped, position, fraction)
-            documents, skipped = [], []
+            batch.skipped.append(row.document)
+        batch = batch._replace(position=row.position, fraction=row.fraction)
+        characters += weight(row.document)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch = None
             characters = 0
-    if documents or skipped:
-        yield Batch(documents, skipped, position, fraction)
+    if batch:
+        yield batch
 
 
-def hub_batches(
-    config: PrepareConfig, revision: str, position: Any, say: Callable
+def batches_of(
+    config: PrepareConfig, files: list[File], position: dict | None, say: Callable
 ) -> Iterator[Batch]:
-    """Batches of a dataset on the hub, which is opened again where a connection failed."""
+    """Batches of the files from a position on. On the hub they are opened again where a connection
+    failed, after the last batch.
+    """
     batches = None
 
     def next_batch() -> Batch | None:
         nonlocal batches
         if batches is None:
-            batches = in_batches(dataset_source(config, revision)(position))
+            rows = read_files(files, config.text_column, config.split_on, position)
+            batches = in_batches(rows)
         current, batches = batches, None  # a generator that raises has ended and is of no more use
         batch = next(current, None)
         batches = current
         return batch
 
-    while batch := on_hub(config, say, next_batch):
+    while batch := next_batch() if config.input else ask_hub(config.source_name, next_batch, say):
         position = batch.position
         yield batch
 
 
-# ------------------------------------------------------------------------- encode
+# ------------------------------------------------------------------------------------------ encode
 
 
 def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -300,48 +316,13 @@ def encode_in_order(
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use: by its affinity mask, its cgroup's quota, and Slurm."""
-    cores = os.cpu_count() or 1
+    """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if slurm.isdecimal():
-        cores = min(cores, int(slurm))
-    quota = cgroup_quota()
-    if quota is not None:
-        cores = min(cores, math.ceil(quota))
-    return max(1, cores)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def cgroup_quota(root: str = "/") -> float | None:
-    """The CPU cores that the control groups of this process allow in time; None: no limit."""
-    quotas = []
-    mount = Path(root, "sys/fs/cgroup")
-    folders = [mount, mount / "cpu"]
-    with contextlib.suppress(OSError):
-        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":  # version 2
-                base = mount
-            elif "cpu" in controllers.split(","):  # version 1
-                base = mount / "cpu"
-            else:
-                continue
-            group = base / path.lstrip("/")
-            folders += [group, *group.parents]
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))  # "max" is a ValueError: no limit
-        with contextlib.suppress(OSError, ValueError):
-            quota = int((folder / "cpu.cfs_quota_us").read_text())
-            period = int((folder / "cpu.cfs_period_us").read_text())
-            if quota > 0:  # -1: no limit
-                quotas.append(quota / period)
-    return min(quotas, default=None)
-
-
-# ------------------------------------------------------------------------- write
+# ------------------------------------------------------------------------------------------- write
 
 
 @dataclass(frozen=True)
@@ -351,7 +332,7 @@ class Position:
     It is stored in manifest.partial.json with every shard.
     """
 
-    source: Any = None  # position of the source before the current batch; None: its start
+    source: dict[str, int] | None = None  # position in the files before the current batch
     batch_tokens: int = 0  # tokens of the current batch that are in committed shards
     documents: int = 0  # usable documents before the current batch
     skipped: dict[str, int] = field(default_factory=dict)  # unusable ones, by reason
@@ -379,21 +360,21 @@ class Writer:
     in another way.
     """
 
-    def __init__(self, folder: Path, corpus: str, settings: dict):
+    def __init__(self, folder: Path, corpus: str, settings: dict, eot_token: int):
         self.folder = folder
         self.corpus = corpus
         self.settings = settings
-        partial = begin_or_resume(folder, settings)
-        self.shards = partial["shards"]
-        self.position = Position(**partial["position"])
-        self.num_tokens = sum(
-            shard["tokens"] for shard in self.shards
-        )  # those in `filled` included
+        self.eot_token = eot_token
+        self.shards, self.position = begin_or_resume(folder, settings)
+        self.num_tokens = sum(shard["tokens"] for shard in self.shards)  # those in `filled` too
+        self.keys = array.array("Q")  # of all documents, until two shards are full
         self.buffer = np.empty(2 * settings["shard_tokens"], dtype=np.uint16)
         self.filled = 0
 
-    def add(self, batch_tokens: np.ndarray, position: Position) -> None:
+    def add(self, batch_tokens: np.ndarray, places: list[str], position: Position) -> None:
         """Append a batch's tokens, from position.batch_tokens on. `position` is where it began."""
+        if not self.shards:
+            self.keys.extend(map(place_key, places))
         done = position.batch_tokens
         while done < len(batch_tokens):
             size = self.settings["shard_tokens"]
@@ -406,31 +387,46 @@ class Writer:
             done += len(part)
             if self.filled == size:
                 for shard in self.buffer[:size].reshape(-1, self.settings["shard_tokens"]):
-                    self.write_shard(shard)
+                    self.add_shard(shard)
                 self.commit(dataclasses.replace(position, batch_tokens=done))
                 self.filled = 0
 
-    def write_shard(self, shard: np.ndarray) -> None:
+    def add_shard(self, shard: np.ndarray) -> None:
         number = len(self.shards)
         split = "train" if number else "val"
         file = self.folder / f"{self.corpus}_{split}_{number:06d}.bin"
-        self.shards.append(token_files.write_shard(file, shard))
+        self.shards.append(write_shard(file, shard))
 
     def commit(self, position: Position) -> None:
         """Record the shards so far, and where to go on after them."""
         progress = {"shards": self.shards, "position": dataclasses.asdict(position)}
-        token_files.write_manifest(self.folder, self.settings | progress, partial=True)
+        write_manifest(self.folder, self.settings | progress, partial=True)
 
-    def finish(self, summary: dict, eot_token: int) -> None:
+    def finish(self, summary: dict) -> None:
         """Write what is left, and the manifest."""
         rest = self.buffer[: self.filled]
         if not self.shards:
-            cut = validation_cut(rest, eot_token)
-            self.write_shard(rest[cut:])
+            rest = in_order_of_keys(rest, self.keys, self.eot_token)
+            cut = validation_cut(rest, self.eot_token)
+            self.add_shard(rest[cut:])
             rest = rest[:cut]
         if len(rest):
-            self.write_shard(rest)
-        token_files.write_manifest(self.folder, self.settings | summary | {"shards": self.shards})
+            self.add_shard(rest)
+        write_manifest(self.folder, self.settings | summary | {"shards": self.shards})
+
+
+def place_key(place: str) -> int:
+    """What decides where a document stands in a small corpus: the first 64 bits of a hash."""
+    digest = hashlib.sha256(place.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8])
+
+
+def in_order_of_keys(stream: np.ndarray, keys: array.array, eot_token: int) -> np.ndarray:
+    """The documents of a stream, of which each begins with eot_token, sorted by their keys."""
+    starts = np.flatnonzero(stream == eot_token)
+    documents = np.split(stream, starts[1:])
+    order = np.argsort(np.array(keys[: len(starts)]), kind="stable")
+    return np.concatenate([documents[i] for i in order] or [stream])
 
 
 def validation_cut(stream: np.ndarray, eot_token: int) -> int:
@@ -460,33 +456,42 @@ PARTIAL_SHAPE = {
 SHARD_NAME = re.compile(r"[\w.-]+_(val|train)_\d+\.bin")
 
 
-def begin_or_resume(folder: Path, settings: dict) -> dict:
-    """The partial manifest of an interrupted preparation, its shards checked; or a new one."""
-    if (folder / "manifest.partial.json").exists():
+def begin_or_resume(folder: Path, settings: dict) -> tuple[list[dict], Position]:
+    """The shards of an interrupted preparation, checked, and where it goes on; or a new one."""
+    file = folder / "manifest.partial.json"
+    if file.exists():
         partial = read_partial_manifest(folder)
-        if partial["shards"]:
-            check_settings(folder / "manifest.partial.json", partial, settings)
-            token_files.verify_shards(folder, partial, "manifest.partial.json")
+        shards = partial["shards"]
+        if shards:
+            check_settings(file, partial, settings)
+            verify_shards(folder, partial, file.name)
         # Only now: a damaged name in the manifest must not cost the shard that has it.
-        remove_uncommitted(folder, {shard["name"] for shard in partial["shards"]})
-        if partial["shards"]:  # else nothing is lost by beginning anew
-            return partial
+        remove_uncommitted(folder, {shard["name"] for shard in shards})
+        if shards:  # else nothing is lost by beginning anew
+            return shards, Position(**partial["position"])
     else:
-        for file in folder.iterdir():
-            if file.suffix in token_files.SUFFIXES:
-                raise UserError(
-                    f"{folder}: holds {file.name} and no manifest; expected an empty directory; "
-                    "choose another --out"
-                )
-    partial = settings | {"shards": [], "position": dataclasses.asdict(Position())}
-    token_files.write_manifest(folder, partial, partial=True)
-    return partial
+        for other in folder.iterdir():
+            require(
+                other.suffix not in SUFFIXES,
+                f"{folder}: holds {other.name} and no manifest; expected an empty directory; "
+                "choose another --out",
+            )
+    start = {"shards": [], "position": dataclasses.asdict(Position())}
+    write_manifest(folder, settings | start, partial=True)
+    return [], Position()
 
 
 def read_partial_manifest(folder: Path) -> dict:
     """The partial manifest, which may come from somebody else. Its names stay in the folder."""
-    read_json(folder / "manifest.partial.json", PARTIAL_SHAPE, token_files.MANIFEST_BYTES)
-    return token_files.read_manifest(folder, partial=True)
+    file = folder / "manifest.partial.json"
+    position = read_json(file, PARTIAL_SHAPE, MANIFEST_BYTES)["position"]
+    unknown = position.keys() - {entry.name for entry in dataclasses.fields(Position)}
+    require(
+        not unknown,
+        f"{file}: position with {shown(', '.join(unknown))}; expected what this version writes; "
+        "go on with the version that began it, or choose another --out",
+    )
+    return read_manifest(folder, partial=True)
 
 
 def remove_uncommitted(folder: Path, committed: set[str]) -> None:
@@ -501,110 +506,97 @@ def check_settings(file: Path, manifest: dict, settings: dict) -> None:
     """Refuse to go on with another source or another cut than its manifest, `file`, tells of."""
     old = comparable_settings(manifest)
     new = comparable_settings(settings)
+    if new["revision"] == manifest.get("revision"):  # the commit itself was asked for
+        old["revision"] = new["revision"]
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if not differing:
-        return
     changes = [
-        f"{key[:80]} was {str(old.get(key))[:200]!r}, now {new.get(key)!r}" for key in differing[:9]
+        f"{key[:80]} was {shown(str(old.get(key)))}, now {shown(str(new.get(key)))}"
+        for key in differing[:9]
     ]
-    remedy = "repeat them"
-    if "revision" in differing:
-        remedy = f"repeat them (--revision {str(old['revision'])[:80]})"
-    raise UserError(
-        f"{file}: {', '.join(changes)}; expected the settings and source it was begun with; "
-        f"{remedy}, or choose another --out"
+    require(
+        not differing,
+        f"{file}: {', '.join(changes)}; expected the settings and source it was begun with; repeat "
+        "them, or choose another --out",
     )
 
 
 def comparable_settings(manifest: dict) -> dict:
-    keys = ("encoding", "revision", "shard_tokens", "max_tokens")
+    """What must not change: of a revision its name, because a branch moves on."""
     source = manifest.get("source")
     if not isinstance(source, dict):
         source = {}
-    return source | {key: manifest.get(key) for key in keys}
+    keys = ("encoding", "shard_tokens", "max_tokens")
+    revision = manifest.get("revision_name", "main")
+    return source | {key: manifest.get(key) for key in keys} | {"revision": revision}
 
 
-class Progress:
-    """Shows tokens done, speed and time left: as a bar on a terminal, elsewhere as lines."""
-
-    def __init__(self, say: Callable, num_tokens: int):
-        from tqdm import tqdm
-
-        self.say = say
-        self.first = num_tokens
-        self.start = time.monotonic()
-        self.next_line = self.start + 10
-        # disable=None: no bar unless on a terminal.
-        self.bar = tqdm(initial=num_tokens, unit=" tokens", unit_scale=True, disable=None)
-
-    def show(self, num_tokens: int, fraction: float | None, shard: int) -> None:
-        """Show that so many tokens, about this fraction of all, are done."""
-        total = num_tokens / fraction if fraction else None
-        if not self.bar.disable:
-            self.bar.total = total
-            self.bar.set_postfix_str(f"shard {shard}", refresh=False)
-            self.bar.update(num_tokens - self.bar.n)
-            return
-        now = time.monotonic()
-        if now < self.next_line:
-            return
-        self.next_line = now + 30
-        rate = (num_tokens - self.first) / (now - self.start)
-        left = "of an unknown total"
-        if total and rate:
-            seconds = min((total - num_tokens) / rate, 1e10)  # a timedelta holds little more
-            seconds = datetime.timedelta(seconds=round(seconds))
-            left = f"of about {total:,.0f} ({fraction:.1%}), {seconds} left"
-        self.say(f"shard {shard}: {num_tokens:,} tokens {left}, {rate:,.0f} tokens/s")
-
-    def close(self, num_tokens: int) -> str:
-        """End the bar; returns time and speed in words."""
-        self.bar.close()
-        seconds = time.monotonic() - self.start
-        return f"{seconds:.1f} s, {(num_tokens - self.first) / seconds:,.0f} tokens/s"
+# ----------------------------------------------------------------------------------- the whole way
 
 
-# ------------------------------------------------------------------------- the whole way
-
-
-def prepare(config: PrepareConfig, say: Callable = print) -> Path:
+def prepare(config: PrepareConfig, say: Callable = script.say) -> Path:
     """Make the data directory that the flags describe; returns it.
 
     A finished one is accepted as it is, without writing. An interrupted one is gone on with.
     Raises UserError where the source cannot be used or the directory was begun in another way.
     """
-    files = expand(config.input)
+    files, left_out = expand(config.input)
+    return prepare_files(config, files, left_out, contents_key(files, config.tokenizer), say)
+
+
+def contents_key(files: list[File], tokenizer: str) -> str:
+    """A hash of the names and contents of all files, and of the tokenizer."""
+    key = hashlib.sha256(tokenizer.encode())
+    for file in files:
+        name = os.path.basename(file.path).encode(errors="surrogateescape")
+        key.update(name + b"\0" + bytes.fromhex(file_sha256(Path(file.path))))
+    return key.hexdigest()
+
+
+def prepare_files(
+    config: PrepareConfig, files: list[File], left_out: Counter[str], contents: str, say: Callable
+) -> Path:
+    """`prepare` for local files that have been found and read once, or for the hub."""
     folder = config.folder
-    encoding = tokens.get_encoding(config.tokenizer)
+    encoding = get_encoding(config.tokenizer)
     settings = {
         "encoding": encoding.name,
         "vocab_size": encoding.n_vocab,
-        "source": describe_source(config, files),
+        "source": describe_source(config, files, contents),
         "revision": None,
         "shard_tokens": config.shard_tokens,
         "max_tokens": config.max_tokens,
     }
-    if is_prepared(config, settings, say):
+    if not config.input and config.revision != "main":
+        settings["revision_name"] = config.revision
+    if is_prepared(folder, settings, say):
         return folder
+    # The hub is asked before the directory is made, so that a failure leaves nothing behind.
+    wanted = []
+    if not config.input:
+        dataset = settings["source"]["dataset"]
+        info = dataset_info(dataset, begun_commit(folder, settings) or config.revision, say)
+        settings["revision"] = info.sha
+        if config.pretokenized:
+            wanted = wanted_shards(config, dataset, info)
+        else:
+            files = dataset_files(dataset, config.name, config.split, info.sha, say)
     with locked(folder):
         # Another process may have finished it before the lock was ours.
-        if is_prepared(config, settings, say):
+        if is_prepared(folder, settings, say):
             return folder
         if config.pretokenized:
-            download_shards(config, settings, say)
+            download_shards(config, settings, wanted, say)
         else:
-            write_corpus(config, settings, encoding, files, say)
+            write_corpus(config, settings, encoding, files, left_out, say)
     return folder
 
 
-def describe_source(config: PrepareConfig, files: list[str]) -> dict:
+def describe_source(config: PrepareConfig, files: list[File], contents: str) -> dict:
     """What the manifest says of the source. A directory is only gone on with for the same one."""
     if files:
-        sizes = [[os.path.basename(file), os.path.getsize(file)] for file in files]
         return {
             "files": len(files),
-            "bytes": sum(size for _, size in sizes),
-            "names_and_sizes": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
+            "contents": contents,
             "text_column": config.text_column,
             "split_on": config.split_on,
         }
@@ -619,81 +611,81 @@ def describe_source(config: PrepareConfig, files: list[str]) -> dict:
     }
 
 
-def is_prepared(config: PrepareConfig, settings: dict, say: Callable) -> bool:
+def is_prepared(folder: Path, settings: dict, say: Callable) -> bool:
     """Whether the directory is finished; raises UserError if it is with other settings.
 
     Nothing is written or locked, so prepared data may lie where this user cannot write.
     """
-    folder = config.folder
-    if not (folder / "manifest.json").exists():
+    file = folder / "manifest.json"
+    if not file.exists():
         return False
-    manifest = token_files.read_manifest(folder)
-    if config.input or config.revision == "main":
-        settings = settings | {"revision": manifest.get("revision")}
-    else:
-        settings = settings | {"revision": config.revision}
-    check_settings(folder / "manifest.json", manifest, settings)
+    check_settings(file, read_manifest(folder), settings)
     with contextlib.suppress(OSError):  # a kill between the two last writes leaves it
         (folder / "manifest.partial.json").unlink()
     say(f"{folder} is already prepared")
     return True
 
 
+def begun_commit(folder: Path, settings: dict) -> str | None:
+    """The commit at which an interrupted preparation goes on, though its branch may have moved."""
+    file = folder / "manifest.partial.json"
+    partial = read_partial_manifest(folder) if file.exists() else {"shards": []}
+    if not partial["shards"]:
+        return None
+    check_settings(file, partial, settings)
+    return partial.get("revision")
+
+
 def write_corpus(
     config: PrepareConfig,
     settings: dict,
     encoding: tiktoken.Encoding,
-    files: list[str],
+    files: list[File],
+    left_out: Counter[str],
     say: Callable,
 ) -> None:
     """Read, batch, encode and write: the way that every corpus takes."""
-    if not files:
-        settings["revision"] = dataset_info(config, config.dataset, say).sha
-    writer = Writer(config.folder, config.corpus, settings)
+    writer = Writer(config.folder, config.corpus, settings, encoding.eot_token)
     position = writer.position
     if writer.shards:
         say(f"going on after shard {len(writer.shards) - 1} and {position.documents:,} documents")
-    else:
-        point_out_separators(config, files, say)
-    if files:
-        batches = in_batches(file_source(config, files)(position.source))
-    else:
-        batches = hub_batches(config, settings["revision"], position.source, say)
-
     workers = config.workers or num_cores()
     limit = config.max_tokens or 2**63
-    progress = Progress(say, writer.num_tokens)
+    batches = batches_of(config, files, position.source, say)
     pool = ThreadPoolExecutor(workers)
     try:
-        most_characters = 3 * workers * BATCH_CHARACTERS
-        for batch_tokens, batch in encode_in_order(pool, encoding, batches, most_characters):
-            room = limit - writer.num_tokens
-            batch_tokens = batch_tokens[: position.batch_tokens + room]
-            writer.add(batch_tokens, position)
-            # Text never has this token, so it counts the documents.
-            num_documents = int(np.count_nonzero(batch_tokens == encoding.eot_token))
-            position = position.after(batch, num_documents)
-            fraction = max(batch.fraction or 0, writer.num_tokens / limit)
-            progress.show(writer.num_tokens, fraction, len(writer.shards))
-            if position.documents + position.num_skipped > 1000:
+        with Progress("token", initial=writer.num_tokens, say=say) as progress:
+            most_characters = 3 * workers * BATCH_CHARACTERS
+            for batch_tokens, batch in encode_in_order(pool, encoding, batches, most_characters):
+                if not position.documents:
+                    point_out_separators(config, batch.documents, say)
+                room = limit - writer.num_tokens
+                batch_tokens = batch_tokens[: position.batch_tokens + room]
+                # Text never has this token, so it counts the documents.
+                num_documents = int(np.count_nonzero(batch_tokens == encoding.eot_token))
+                writer.add(batch_tokens, batch.places[:num_documents], position)
+                position = position.after(batch, num_documents)
                 check_skipped(config, position)
-            if writer.num_tokens >= limit:
-                break
+                fraction = max(batch.fraction, writer.num_tokens / limit)
+                total = writer.num_tokens / fraction if fraction else None
+                shard = len(writer.shards)
+                progress.update(writer.num_tokens, lambda n=shard: f"shard {n}", total)
+                if writer.num_tokens >= limit:
+                    break
     finally:
         pool.shutdown(cancel_futures=True)  # a stop waits for the batches begun, not for all
-    speed = progress.close(writer.num_tokens)
-    check_skipped(config, position)
-    if writer.num_tokens <= position.documents:
-        raise UserError(
-            f"{config.source_name}: {plural(position.documents, 'document')} without any text; "
-            "expected some text; check the source"
-        )
-    summary = {"documents": position.documents, "skipped": position.skipped}
-    writer.finish(summary, encoding.eot_token)
+    check_skipped(config, position, at_end=True)
+    require(
+        writer.num_tokens > position.documents,
+        f"{config.source_name}: {plural(position.documents, 'document')} without any text; "
+        "expected some text; check the source",
+    )
+    writer.finish({"documents": position.documents, "skipped": position.skipped})
     say(
         f"{config.folder}: {plural(position.documents, 'document')}, {writer.num_tokens:,} tokens "
-        f"in {plural(len(writer.shards), 'shard')}, {speed}; "
-        f"skipped documents: {listed(position)}"
+        f"in {plural(len(writer.shards), 'shard')}, {progress.seconds:.1f} s, "
+        f"{progress.rate:,.0f} tokens/s; skipped documents: {reasons(position)}"
+        + describe_left_out(left_out)
     )
     point_out_long_documents(position, say)
 
@@ -702,55 +694,62 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def listed(position: Position) -> str:
+def reasons(position: Position) -> str:
     """How many documents were skipped and why, and where the first few are."""
     if not position.skipped:
         return "none"
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in position.skipped.items())
-    return f"{reasons} ({'; '.join(position.places)})"
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in position.skipped.items())
+    return f"{counts} ({shown('; '.join(position.places), 1000)})"
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    if not left_out:
+        return ""
+    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in left_out.most_common(9))
+    return f"; files left out, since they are no text: {shown(counts)}"
 
 
 REMEDIES = {
-    "not UTF-8": "convert it, for example with iconv -f LATIN1 -t UTF-8 OLD > NEW",
-    ENDLESS_RUN: "leave it out, or break its lines",
-    TOO_LONG.reason: "give --split-on what separates documents, or divide them",
+    NOT_UTF8.reason: "convert it, for example with iconv -f LATIN1 -t UTF-8 OLD > NEW",
+    ENDLESS_RUN.reason: "leave it out, or break its lines",
+    TOO_LONG.reason: "give --split-on what separates documents, or divide them; write a JSON array "
+    "as JSON lines",
 }
 
 
-def check_skipped(config: PrepareConfig, position: Position) -> None:
-    """Raise UserError if too many documents were unusable."""
+def check_skipped(config: PrepareConfig, position: Position, at_end: bool = False) -> None:
+    """Raise UserError if too many documents were damaged, or none has been usable."""
     found = position.documents + position.num_skipped
-    if position.num_skipped <= max(MOST_SKIPPED * found, position.documents > 0):
+    if not position.skipped or (found <= 1000 and not at_end):
         return
+    damaged = position.num_skipped - position.skipped.get(MISSING.reason, 0)
+    too_many = damaged > max(MOST_DAMAGED * found, 1)
+    is_hopeless = not position.documents and (at_end or found > MOST_UNUSABLE_AT_FIRST)
     most_frequent = max(position.skipped, key=position.skipped.get)
     other_column = (
         "check the source; fineweb.py --text-column takes its text from another place "
         f"than {config.text_column!r}"
     )
-    raise UserError(
+    require(
+        not (too_many or is_hopeless),
         f"{config.source_name}: {position.num_skipped:,} of {plural(found, 'document')} cannot be "
-        f"used: {listed(position)}; expected at most {MOST_SKIPPED:.0%}; "
-        f"{REMEDIES.get(most_frequent, other_column)}"
+        f"used: {reasons(position)}; expected at most {MOST_DAMAGED:.0%}; "
+        f"{REMEDIES.get(most_frequent, other_column)}",
     )
 
 
-def point_out_separators(config: PrepareConfig, files: list[str], say: Callable) -> None:
+SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>\r?$", re.MULTILINE)
+
+
+def point_out_separators(config: PrepareConfig, documents: list[str], say: Callable) -> None:
     """Say so if lines of <|endoftext|> stand between documents and are not split on."""
-    if tokens.END_OF_TEXT in config.split_on:
+    if END_OF_TEXT in config.split_on:
         return
-    line = re.compile(rb"^<\|endoftext\|>\r?$", re.MULTILINE)
-    for file in files[:10]:
-        kind, compression = kind_and_compression(file)
-        if kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"):
-            continue
-        with naming_the_file(file, OSError):
-            found = line.search(beginning(file, compression))
-        if found:
-            say(
-                f"{file}: lines of <|endoftext|> are read as ordinary text; "
-                "fineweb.py --split-on '<|endoftext|>' separates documents there"
-            )
-            return
+    if any(map(SEPARATOR_LINE.search, documents)):
+        say(
+            "lines of <|endoftext|> are read as ordinary text; fineweb.py --split-on "
+            "'<|endoftext|>' separates documents there"
+        )
 
 
 def point_out_long_documents(position: Position, say: Callable) -> None:
@@ -764,140 +763,111 @@ def point_out_long_documents(position: Position, say: Callable) -> None:
         )
 
 
-# ------------------------------------------------------------------------- ready-made shards
+# ------------------------------------------------------------------------------ ready-made shards
 
 
-def download_shards(config: PrepareConfig, settings: dict, say: Callable) -> None:
+def download_shards(config: PrepareConfig, settings: dict, wanted: list, say: Callable) -> None:
     """Download llm.c shards: the validation shard first, then whole ones up to --max-tokens."""
     from huggingface_hub import hf_hub_download
 
-    dataset = settings["source"]["dataset"]
     folder = config.folder
-    info = dataset_info(config, dataset, say)
-    wanted = wanted_shards(config, dataset, info)
-    settings["revision"] = info.sha
-    shards = begin_or_resume(folder, settings)["shards"]
-    refuse_links(folder / ".download")
+    dataset = settings["source"]["dataset"]
+    downloads = folder / ".download"
+    shards, _ = begin_or_resume(folder, settings)
     for number, file in enumerate(wanted[len(shards) :], start=len(shards)):
         say(f"shard {number} of {len(wanted)}: {file.rfilename}, {file.size / 1e6:,.0f} MB")
-        download = functools.partial(
-            hf_hub_download,
-            dataset,
-            file.rfilename,
-            repo_type="dataset",
-            revision=info.sha,
-            local_dir=folder / ".download",
-            tqdm_class=bar_that_stops(file.size, file.rfilename),
-        )
-        try:
-            path = Path(on_hub(config, say, download))
-        except EndlessDownload:
-            remove(folder / ".download")  # the next call would go on behind its end
-            raise
+
+        def download(name=file.rfilename) -> str:
+            return hf_hub_download(
+                dataset,
+                name,
+                repo_type="dataset",
+                revision=settings["revision"],
+                local_dir=downloads,
+            )
+
+        path = Path(ask_hub(f"{dataset} {file.rfilename}", download, say))
         try:
             sha256 = file.lfs.sha256 if file.lfs else None
-            shards.append(token_files.add_downloaded_shard(path, folder / path.name, sha256))
+            shards.append(add_downloaded_shard(path, folder / path.name, sha256))
         except UserError:
             path.unlink()  # the next call would take it without a download
             raise
         progress = {"shards": shards, "position": dataclasses.asdict(Position())}
-        token_files.write_manifest(folder, settings | progress, partial=True)
-    shutil.rmtree(folder / ".download", ignore_errors=True)
-    token_files.write_manifest(folder, settings | {"shards": shards})
+        write_manifest(folder, settings | progress, partial=True)
+    shutil.rmtree(downloads, ignore_errors=True)
+    write_manifest(folder, settings | {"shards": shards})
     num_tokens = sum(shard["tokens"] for shard in shards)
     say(f"{folder}: {num_tokens:,} tokens in {len(shards)} shards")
-
-
-def refuse_links(folder: Path) -> None:
-    """Raise UserError if another user has put a link where the hub's client is going to write."""
-    with walking(folder):
-        found = [folder, *folder.rglob("*")]
-    for path in found:
-        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
-            raise UserError(f"{path}: a link; expected what this program made; remove {folder}")
 
 
 def wanted_shards(config: PrepareConfig, dataset: str, info: Any) -> list:
     """The hub's shard files to download: validation first, then as many as --max-tokens needs."""
     shards = [file for file in info.siblings if is_shard(file)]
     shards.sort(key=lambda file: ("_val_" not in file.rfilename, file.rfilename))
-    if len(shards) < 2:
-        raise UserError(
-            f"--dataset {dataset}: no *_val_*.bin and *_train_*.bin; expected token shards in "
-            "llm.c's format; leave out --pretokenized to tokenise its text"
-        )
+    require(
+        len(shards) >= 2,
+        f"--dataset {dataset}: no *_val_*.bin and *_train_*.bin; expected token shards in "
+        "llm.c's format; leave out --pretokenized to tokenise its text",
+    )
     if not config.max_tokens:
         return shards
-    ends = np.cumsum([(file.size - token_files.HEADER_BYTES) // 2 for file in shards])
+    ends = np.cumsum([(file.size - HEADER_BYTES) // 2 for file in shards])
     needed = int(np.searchsorted(ends, config.max_tokens)) + 1
     return shards[: max(2, needed)]
 
 
 def is_shard(file: Any) -> bool:
-    """Whether a file on the hub, of which its server may say anything, looks like a shard."""
-    if type(file.rfilename) is not str or type(file.size) is not int:
-        return False
-    *folders, name = file.rfilename.split("/")
-    has_plain_name = SHARD_NAME.fullmatch(name) and all(map(plain_name, folders))
-    return bool(has_plain_name) and 0 <= file.size <= token_files.HEADER_BYTES + 2 * 2**31
+    """Whether a file on the hub has the name and a sensible size of a shard."""
+    has_name = SHARD_NAME.fullmatch(file.rfilename.rsplit("/", 1)[-1])
+    return bool(has_name) and 0 <= (file.size or 0) <= HEADER_BYTES + 2 * 2**31
 
 
-def bar_that_stops(size: int, name: str) -> type:
-    """A progress bar for the hub's client that ends a download which does not end by itself.
+# ------------------------------------------------------------------------------- for train_gpt2.py
 
-    The limit is twice the size, because the client also counts what it receives a second time.
+
+def tokens_for(data: str | tuple[str, ...], tokenizer: str, say: Callable = script.say) -> Path:
+    """The prepared directory that --data stands for, made if need be.
+
+    Token shards are read where they are. Text, of one path or of several that are one corpus, is
+    tokenised into data/<name>-<key>. The key follows from the names and contents of its files. So
+    the same text is found there again. Changed text is tokenised anew, and what was made before
+    stays, for the runs that read it.
     """
-    from tqdm import tqdm
-
-    class Bar(tqdm):
-        received = 0
-
-        def __init__(self, *args, name=None, **kwargs):
-            super().__init__(*args, **kwargs | {"disable": None})  # no bar unless on a terminal
-
-        def update(self, n=1):
-            self.received += n
-            if self.received > 2 * size:
-                raise EndlessDownload(name, size)
-            return super().update(n)
-
-    return Bar
-
-
-# ------------------------------------------------------------------------- for train_gpt2.py
-
-
-def prepare_path(path: str, tokenizer: str, say: Callable = print) -> Path:
-    """The prepared directory for a path: itself if it holds tokens, else the text that it names.
-
-    Text is prepared once, into data/<corpus>-<key>. The key follows from the names and contents of
-    the files, so a changed file is prepared anew.
-    """
-    with walking(path):
-        if os.path.isdir(path) and (holds_tokens(path) or not texts_in(path)):
+    paths = (data,) if isinstance(data, str) else tuple(data)
+    if len(paths) == 1:
+        (path,) = paths
+        if same_folder(path, FIRST_RUN_FOLDER):
+            return prepare_first_run(say)
+        if holds_tokens(path):
             return Path(path)
-    key = hashlib.sha256(tokenizer.encode())
-    for file in expand([path]):
-        with open(file, "rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").digest()
-        key.update(os.fsencode(os.path.basename(file)) + b"\0" + content)
-    config = PrepareConfig(input=(path,), tokenizer=tokenizer)
-    out = f"data/{config.corpus}-{key.hexdigest()[:12]}"
-    return prepare(dataclasses.replace(config, out=out), say)
+        require(
+            not same_folder(path, FINEWEB_EDU_FOLDER),
+            f"{path}: no token shards are there; expected the FineWeb-Edu corpus; prepare it with "
+            "python fineweb.py, or name other data with --data",
+        )
+    for path in paths:
+        require(
+            not holds_tokens(path),
+            f"{path}: token shards beside other paths; expected files of text, which become one "
+            "corpus; name it alone",
+        )
+        require(
+            not Path(path, "manifest.partial.json").exists(),
+            f"{path}: no shard of it is finished; expected token shards; run the fineweb.py "
+            "command that began it again",
+        )
+    files, left_out = expand(paths)
+    key = contents_key(files, tokenizer)
+    config = PrepareConfig(input=paths, tokenizer=tokenizer)
+    folder = Path("data", f"{config.corpus}-{key[:12]}")
+    if (folder / "manifest.json").exists():
+        return folder
+    config = dataclasses.replace(config, out=str(folder))
+    return prepare_files(config, files, left_out, key, say)
 
 
-def holds_tokens(folder: str) -> bool:
-    """Whether a directory holds token files or a manifest, finished or not."""
-    for file in Path(folder).iterdir():
-        if file.suffix in token_files.SUFFIXES or file.name in (
-            "manifest.json",
-            "manifest.partial.json",
-        ):
-            return True
-    return False
-
-
-def prepare_first_run(say: Callable = print) -> Path:
+def prepare_first_run(say: Callable = script.say) -> Path:
     """The first run's corpus: the standard library of the running Python, as bytes. No download."""
     folder = Path(FIRST_RUN_FOLDER)
     if (folder / "manifest.json").exists():
@@ -905,24 +875,17 @@ def prepare_first_run(say: Callable = print) -> Path:
     library = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
     files = []
-    for file in library.rglob("*.py"):
+    for file in sorted(library.rglob("*.py")):
         if not left_out.intersection(file.relative_to(library).parts):
-            files.append(file)
-
-    # In the order of a hash, so that the last tenth, which validates, is like the rest.
-    def name_hash(file: Path) -> bytes:
-        return hashlib.sha256(file.relative_to(library).as_posix().encode()).digest()
-
-    files.sort(key=name_hash)
-    inputs = tuple(str(file) for file in files)
-    return prepare(PrepareConfig(input=inputs, tokenizer="bytes", out=str(folder)), say)
+            files.append(str(file))
+    return prepare(PrepareConfig(input=tuple(files), tokenizer="bytes", out=str(folder)), say)
 
 
 def main() -> None:
     description = "Prepare token shards from a hub dataset, local files or ready-made shards."
     config = parse_flags(PrepareConfig, PrepareConfig(), description)
     if config.verify:
-        num_tokens = token_files.verify(Path(config.verify))
+        num_tokens = verify(Path(config.verify))
         script.say(
             f"{config.verify}: {num_tokens:,} tokens, all sizes, hashes and tokens are right"
         )

@@ -1111,7 +1111,7 @@ def prepared_folder(config: TrainConfig, rt: Runtime) -> Path:
             f"{config.data}: not there; expected the FineWeb-Edu corpus; prepare it with python "
             "fineweb.py, or name other data with --data"
         )
-    return fineweb.prepare_path(config.data, config.tokenizer, rt.say)
+    return fineweb.tokens_for(config.data, config.tokenizer, rt.say)
 
 
 def missing_data() -> UserError:

@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +49,7 @@ from support.files import (
     read_jsonl,
     remove,
     remove_leftovers,
+    set_mode,
     sync,
     write_file,
 )
@@ -86,7 +86,7 @@ class Checkpoint:
     """A checkpoint in memory: as its manifest says, finite, on the CPU."""
 
     folder: Path
-    config: dict  # of config.json, as huggingface.read_config gives it
+    config: dict  # of config.json
     state: dict  # of state.json
     weights_sha256: str  # of model.safetensors
     weights: dict[str, Tensor]  # by name of the parameter, linears as [out, in]
@@ -248,9 +248,8 @@ class RunDirectory:
     ) -> None:
         """Commit the checkpoint of this step, and then remove those that need not be kept.
 
-        config, weights: what GPT.saved_form gives. moments: the optimizer's tensors, by name. Both
-        may lie on any device. state: `data` (the fingerprint), `samples`, and what else STATE
-        names. keep, spare: see `prune`.
+        config: of config.json. weights, moments: tensors on any device. state: `data` (the
+        fingerprint), `samples`, and whatever else STATE names. keep, spare: see `prune`.
 
         Training waits until weights and moments are copied to the CPU and checked for NaN and Inf.
         They are written, hashed and flushed in a thread beside the next steps. `wait_for_commit`
@@ -398,17 +397,19 @@ def write_checkpoint_files(
     state: dict,
 ) -> None:
     """Every file of a checkpoint, on disk; manifest.json last."""
-    save_model(folder, config, weights)
-    save_tokenizer(encoding, folder, config["block_size"])
-    write_file(folder / "state.json", (json.dumps(state, indent=2) + "\n").encode())
-    file = folder / MOMENTS
+    file = folder / WEIGHTS
     try:
+        save_model(folder, config, weights)
+        save_tokenizer(encoding, folder, config["block_size"])
+        file = folder / MOMENTS
         save_file(moments, file)
     except SafetensorError as error:  # it is raised for a full disk too, and names no file
         raise OSError(f"{file}: {error}") from None
-    shutil.copymode(folder / "state.json", file)  # safetensors lets only the owner read it
+    write_file(folder / "state.json", (json.dumps(state, indent=2) + "\n").encode())
+    mode = (folder / "state.json").stat().st_mode & 0o777  # as the user's umask wants it
     files = {}
     for file in sorted(folder.iterdir()):
+        set_mode(file, mode)  # safetensors makes its files readable for their owner alone
         sync(file)
         files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     write_file(folder / "manifest.json", (json.dumps({"files": files}, indent=2) + "\n").encode())
@@ -462,7 +463,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     weights = load_tensors(folder / WEIGHTS, files[WEIGHTS])
     return Checkpoint(
         folder,
-        config=read_config(folder),
+        config=read_json(folder / "config.json", {}),
         state=state,
         weights_sha256=files[WEIGHTS]["sha256"],
         weights={
@@ -708,11 +709,6 @@ def resolve_model(
         fault = fault_of(place, names)
         require(fault is None, f"{fault}; {ANOTHER}")
     return str(place)
-
-
-def describe(name: str) -> dict:
-    """config.json of the model that `name` stands for; its weights are not read."""
-    return read_config(resolve_model(name, lambda line: None, ("config.json",)))
 
 
 def checkpoint_to_load(run: Path, names: Iterable[str], warn: Callable[[str], None]) -> Path:

@@ -106,7 +106,7 @@ def test_training_reads_a_csv_of_texts_and_not_its_syntax(in_tmp):
 
 def test_the_mark_that_windows_editors_put_before_a_text_is_none_of_it(in_tmp):
     (in_tmp / "a.txt").write_text("one two three", encoding="utf-8-sig")
-    folder = fineweb.prepare_path("a.txt", "bytes", say=Rank0.say)
+    folder = fineweb.tokens_for("a.txt", "bytes", say=Rank0.say)
     assert open_data(folder).train.read(0, 4).tolist() == [256, *b"one"]
 
 
