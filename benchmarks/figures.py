@@ -1,11 +1,12 @@
-"""Draw the figures of docs/tour.md as SVG, from the code that they explain.
+"""Draw the figures of docs/tour.md and of the README as SVG, from the code that they explain.
 
     python benchmarks/figures.py        # into docs/figures/
 
-Shapes, sizes, orders and masks come from the code; only places and colors are set here.
+Shapes, sizes, orders, masks and imports come from the code; places and colors are set here.
 tests/test_docs.py holds the files to this output.
 """
 
+import ast
 import sys
 from dataclasses import dataclass, field
 from html import escape
@@ -479,6 +480,102 @@ def draw_mask(p: Picture, c: GPTConfig, x, y, position, count) -> None:
             p.rect(x + 20 * place, y + 18 * row, 20, 18, ORANGE if is_seen else WHITE, GREY)
 
 
+# ------------------------------------------------------------------------------------- the house
+
+# What each file is for, in two lines.
+TOP = {
+    "model": ("the network,", "its loss, its cache"),
+    "tokens": ("one long array,", "the order of it"),
+    "train_gpt2": ("recipes, the step,", "the loop"),
+    "sample": ("text from", "a model"),
+    "hellaswag": ("a benchmark,", "zero-shot"),
+    "fineweb": ("corpora into", "token shards"),
+}
+SUPPORT = {
+    "script": ("flags, errors,", "signals, exit codes"),
+    "spikes": ("losses that", "jump"),
+    "files": ("survive a crash;", "JSON, locks"),
+    "progress": ("a bar, or lines", "in a log"),
+    "ranks": ("meet, agree,", "end together"),
+    "mixture": ("proportions", "of corpora"),
+    "network": ("tells edited", "networks apart"),
+    "runtime": ("device, dtype,", "kernels"),
+    "hub": ("one file", "of the hub"),
+    "huggingface": ("its formats,", "in and out"),
+    "shards": ("token files", "and manifests"),
+    "trackers": ("Weights & Biases,", "TensorBoard"),
+    "plot": ("curves of runs", ""),
+    "optimizer": ("AdamW, Muon", ""),
+    "documents": ("of files and", "of the hub"),
+    "plan": ("what a run costs", ""),
+    "run_directory": ("log, checkpoints:", "commit, verify"),
+    "launch": ("what a command", "line means"),
+    "report": ("what is said", "of a run"),
+}
+
+
+def imports_of(file: Path) -> set[str]:
+    """The modules of support/ that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "support":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("support."):
+            found.add(node.module.removeprefix("support."))
+    return found
+
+
+def storeys() -> list[list[str]]:
+    """The modules of support/, each below all that import it; the lowest storey first."""
+    files = {file.stem: file for file in (ROOT / "support").glob("[a-z]*.py")}
+    left = {name: imports_of(file) & files.keys() for name, file in sorted(files.items())}
+    found = []
+    while left:
+        lowest = [name for name, imports in left.items() if not imports & left.keys()]
+        assert lowest, f"{sorted(left)} import each other in a circle"
+        found.append(lowest)
+        left = {name: left[name] for name in left if name not in lowest}
+    return found
+
+
+def house() -> Picture:
+    """The files, each above those that it imports."""
+    rows = storeys()
+    p = Picture(700, 166 + 74 * len(rows), "The files of PyGPT2")
+    draw_storey(p, 12, 676, 12, {name: TOP[name] for name in TOP}, YELLOW)
+    top = 92
+    p.parts.append(
+        f'<path d="M320,76 h60 v18 h20 l-50,26 l-50,-26 h20 z" fill="{PALE}" stroke="{INK}"/>'
+    )
+    p.text(350, 92, "import", size=12)
+    top += 38
+    p.rect(6, top, 688, 26 + 74 * len(rows), WHITE, GREY, dashed=True)
+    p.text(16, top + 14, "support/", anchor="start", size=12, code=True, bold=True)
+    p.text(
+        684,
+        top + 14,
+        "a file imports only from the rows below it",
+        size=11,
+        anchor="end",
+        color=GREY,
+    )
+    for number, row in enumerate(reversed(rows)):
+        names = {name: SUPPORT[name] for name in row}
+        draw_storey(p, 12, 676, top + 26 + 74 * number, names, BLUE)
+    return p
+
+
+def draw_storey(p: Picture, x, width, y, words: dict[str, tuple], fill: str) -> None:
+    """A row of files. None is wider than a sixth of the picture."""
+    w = min(width / len(words), width / 6)
+    x += (width - w * len(words)) / 2
+    for number, (name, lines) in enumerate(words.items()):
+        left = x + number * w
+        p.rect(left + 3, y, w - 6, 64, fill)
+        p.text(left + w / 2, y + 15, f"{name}.py", size=11.5 if len(name) < 13 else 10.5, code=True)
+        p.lines(left + w / 2, y + 42, [line for line in lines if line], size=11)
+
+
 FIGURES = {
     "gpt2": gpt2,
     "token": token,
@@ -487,6 +584,7 @@ FIGURES = {
     "commit": commit,
     "loss": loss,
     "cache": cache,
+    "house": house,
 }
 
 

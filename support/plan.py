@@ -29,6 +29,7 @@ from support.runtime import (
     unfused_attention_is_faster,
 )
 from support.script import Range, check_fields, parse_flags, require, run_script, say
+from support.shards import ENCODINGS
 
 # The part of a device's matrix throughput that training reaches. docs/scaling.md compares it with
 # published runs.
@@ -293,8 +294,6 @@ class PlanConfig:
     def block_size(self) -> int:
         return self.seq_len
 
-
-ENCODINGS = {"gpt2": 50_257, "bytes": 257}
 
 # What train.json says of a run that matters here.
 FROM_RUN = {
