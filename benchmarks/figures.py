@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model import SIZES, GPTConfig, KVCache  # noqa: E402
+from support.mixture import pattern  # noqa: E402
 from support.plan import flops_per_token, parameters  # noqa: E402
 from support.runtime import LOGIT_ROWS  # noqa: E402
 from tokens import get_encoding, training_windows  # noqa: E402
@@ -261,6 +262,50 @@ def order() -> Picture:
         [
             "A step takes the next samples, and ranks divide them. An epoch shows each window",
             "once, in an order of its own. Ranks, restarts and micro-batches change nothing.",
+        ],
+        size=12,
+        color=GREY,
+    )
+    return p
+
+
+def mixture() -> Picture:
+    """Which of three corpora each sample is of, and which of its windows."""
+    weights = {"edu": 0.7, "code": 0.2, "notes": 0.1}
+    windows = {"edu": 12, "code": 3, "notes": 4}
+    samples, seed = 20, 1337
+    one = pattern(list(weights.values())).tolist()
+    corpora = [one[g % len(one)] for g in range(samples)]
+    p = Picture(760, 262, "A mixture of three corpora")
+    x0, cell = 150, 29
+    fills = (BLUE, ORANGE, GREEN)
+
+    def label(y, text) -> None:
+        p.text(x0 - 14, y, text, anchor="end", size=12)
+
+    label(28, "pattern")
+    for repetition in range(samples // len(one)):
+        x = x0 + repetition * len(one) * cell
+        p.box(x, 14, len(one) * cell - 3, 28, f"repetition {repetition}", fill=PALE, size=12)
+    label(62, "sample g")
+    for g, corpus in enumerate(corpora):
+        x = x0 + g * cell
+        p.text(x + cell / 2, 62, str(g), size=12, color=GREY)
+        p.rect(x, 78, cell, 12, fill=fills[corpus])
+    for corpus, (name, weight) in enumerate(weights.items()):
+        y = 104 + corpus * 38
+        label(y + 14, f"{name}={weight:g}")
+        own = [g for g in range(samples) if corpora[g] == corpus]
+        order = training_windows(0, len(own), windows[name], seed).tolist()
+        p.line((x0, y + 14), (x0 + samples * cell, y + 14), color=GREY, dashed=True)
+        for g, window in zip(own, order, strict=True):
+            p.box(x0 + g * cell, y, cell, 28, str(window), fill=fills[corpus], size=12)
+    p.lines(
+        380,
+        240,
+        [
+            "The pattern says which corpus a sample is of. The numbers are windows: each corpus",
+            "goes through its own as if it were alone. Of code there are three, so it begins anew.",
         ],
         size=12,
         color=GREY,
@@ -580,6 +625,7 @@ FIGURES = {
     "gpt2": gpt2,
     "token": token,
     "order": order,
+    "mixture": mixture,
     "step": step,
     "commit": commit,
     "loss": loss,
