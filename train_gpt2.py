@@ -57,6 +57,7 @@ from support.files import plain_name, read_bytes, read_json, same_folder, write_
 from support.huggingface import load_model
 from support.network import probe
 from support.optimizer import (
+    Optimizer,
     blank_tensors,
     load_optimizer_tensors,
     make_optimizer,
@@ -65,7 +66,7 @@ from support.optimizer import (
 )
 from support.plan import flops_per_token, parameters, plan, plan_time
 from support.plot import draw_curves
-from support.ranks import GradientTree, check_tree, require_named_run
+from support.ranks import ALONE, GradientTree, Ranks, check_tree, require_named_run
 from support.run_directory import Checkpoint, RunDirectory
 from support.runtime import Runtime, multiplies_bfloat16, peak_flops, peak_memory, start
 from support.script import (
@@ -888,7 +889,7 @@ def main(args: list[str] | None = None) -> None:
             check_newest_is_on_main(run, rt)
             checkpoint = load_newest(run, rt)
         model = build_model(config, data, rt, checkpoint)
-        optimizer = make_optimizer(model, config)
+        optimizer = build_optimizer(model, config, rt)
         guard = SpikeGuard(config.skip_spikes)
         if checkpoint:
             load_checkpoint(checkpoint, model, optimizer, guard, run, data, rt)
@@ -1154,6 +1155,20 @@ def build_model(
     model = (model or GPT(shape)).to(rt.device).train()
     rt.send_from_main(model.parameters())
     return model
+
+
+def build_optimizer(model: GPT, config: TrainConfig, ranks: Ranks = ALONE) -> Optimizer:
+    """The optimizer that a configuration describes."""
+    return make_optimizer(
+        model.named_parameters(),
+        config.optimizer,
+        config.learning_rate,
+        config.muon_learning_rate,
+        config.weight_decay,
+        config.beta1,
+        config.beta2,
+        ranks,
+    )
 
 
 def read_model(config: TrainConfig, data: TokenData, rt: Runtime, name: str) -> GPT:

@@ -32,7 +32,7 @@ import trunk  # noqa: E402
 
 from fineweb import PrepareConfig, prepare  # noqa: E402
 from model import GPT, NextTokenLoss  # noqa: E402
-from support.optimizer import make_optimizer, set_learning_rate  # noqa: E402
+from support.optimizer import set_learning_rate  # noqa: E402
 from support.runtime import Runtime, start  # noqa: E402
 from support.script import UserError, parse_flags, run_script, say  # noqa: E402
 from tokens import TokenData, get_encoding, token_bytes  # noqa: E402
@@ -40,6 +40,7 @@ from train_gpt2 import (  # noqa: E402
     RECIPES,
     TrainConfig,
     build_model,
+    build_optimizer,
     evaluate,
     learning_rate,
     prepare_data,
@@ -292,7 +293,7 @@ class Training:
         self.loss_fn = NextTokenLoss(self.model)
         if config.compile:
             self.loss_fn = rt.compile(self.loss_fn, config.seq_len)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = build_optimizer(self.model, config)
         self.step = 0
         self.seconds = 0.0
 

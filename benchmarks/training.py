@@ -33,8 +33,7 @@ def first_loss_and_step(exact: float, step: Callable[[], float], steps: int) -> 
 
 
 def train_ours(work: Work, compiled: bool, micro_batch: int) -> Ready:
-    from support.optimizer import make_optimizer
-    from train_gpt2 import TrainConfig, train_step
+    from train_gpt2 import TrainConfig, build_optimizer, train_step
 
     rt = work.setting.our_runtime()
     model = GPT.from_pretrained(work.folder).train()
@@ -48,7 +47,7 @@ def train_ours(work: Work, compiled: bool, micro_batch: int) -> Ready:
     loss_fn = NextTokenLoss(model)
     with torch.no_grad():
         exact = loss_fn(windows[:4, :-1], windows[:4, 1:]).item()  # float32, on the CPU
-    optimizer = make_optimizer(model.to(rt.device), config)
+    optimizer = build_optimizer(model.to(rt.device), config)
     if compiled:
         loss_fn = torch.compile(loss_fn, dynamic=False)
     if work.setting.device == "cuda":

@@ -6,22 +6,21 @@ https://kellerjordan.github.io/posts/muon; with weight decay: Liu et al. 2025, a
 It is meant for matrices between hidden layers. Embeddings, positions, biases and layer norms stay
 with AdamW, which looks at each number by itself.
 
-Under DDP every rank holds the same averaged gradients and computes the same update, so nothing is
-sent and nothing can drift apart. The price is that every rank repeats the iterations.
+Under DDP every rank holds the same averaged gradients, and keeps all of the state. Only the
+iterations that make matrices orthogonal, which are most of the work, are shared among the ranks.
 
 Shapes: N matrices of one shape, R rows and C columns with R <= C.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import GPT
+from support.ranks import ALONE, Ranks
 from support.runtime import choose_dtype
 from support.script import UserError
 
@@ -40,7 +39,9 @@ MATRICES_IN = {
 # takes singular values to between about 0.7 and 1.2 rather than to 1 exactly, which does no harm.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-MATRICES_AT_ONCE = 32  # bounds the memory of an iteration; a GPU is busy with fewer
+# Matrices that go through the iterations together, enough to keep a GPU busy. It does not depend on
+# the number of ranks, since a GPU may round the products of another number of matrices otherwise.
+MATRICES_AT_ONCE = 4
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -85,6 +86,29 @@ class Matrix:
         self.weight.add_(update, alpha=-self.group["lr"] * scale)
 
 
+def blank_updates(batch: list[Matrix]) -> Tensor:
+    """Memory for what `orthogonalize` makes of a batch on another rank."""
+    direction = batch[0].wide_direction
+    dtype = choose_dtype("auto", direction.device)
+    return torch.empty(len(batch), *direction.shape, dtype=dtype, device=direction.device)
+
+
+def work_of(batch: list[Matrix]) -> int:
+    """Floating-point operations of its iterations."""
+    R, C = batch[0].wide_direction.shape
+    return len(batch) * ITERATIONS * 2 * R * R * (2 * C + R)
+
+
+def share(work: list[int], world_size: int) -> list[int]:
+    """Which rank does each piece of work: the largest first, each by the rank with the least."""
+    owners = [0] * len(work)
+    loads = [0] * world_size
+    for i in sorted(range(len(work)), key=lambda i: -work[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += work[i]
+    return owners
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, with decoupled weight decay.
 
@@ -92,26 +116,49 @@ class Muon(torch.optim.Optimizer):
     The learning rate is Jordan's: the singular values of an update are all about
     lr * sqrt(max(1, out / in)).
 
-    torch.optim.Muon does the same to one matrix at a time. This one takes matrices of equal shape
-    together, whatever parameters they are in, and sees c_attn as three.
+    torch.optim.Muon (of torch 2.13) does the same to one matrix at a time, on every rank. This one
+    takes matrices of equal shape together, sees c_attn as three, and shares them among the ranks.
     """
 
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        ranks: Ranks = ALONE,
+    ):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.ranks = ranks
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient. The gradients are used up."""
+        batches = self._batches()
+        owners = share([work_of(batch) for batch in batches], self.ranks.world_size)
+        # 1) Each rank makes its part of the updates.
+        made = {}
+        for i, batch in enumerate(batches):
+            if owners[i] == self.ranks.rank:
+                made[i] = orthogonalize(torch.stack([matrix.wide_direction for matrix in batch]))
+        # 2) It sends them to the others. So all weights make the same steps everywhere.
+        for i, batch in enumerate(batches):
+            updates = made.pop(i) if i in made else blank_updates(batch)  # (N, R, C)
+            self.ranks.send(updates, source=owners[i])
+            for matrix, update in zip(batch, updates, strict=True):
+                matrix.descend(update)
+
+    def _batches(self) -> list[list[Matrix]]:
+        """All matrices, up to MATRICES_AT_ONCE of one shape together."""
         by_shape = defaultdict(list)
         for group in self.param_groups:
             for matrix in self._matrices(group):
                 by_shape[matrix.wide_direction.shape].append(matrix)
+        batches = []
         for matrices in by_shape.values():
             for start in range(0, len(matrices), MATRICES_AT_ONCE):
-                some = matrices[start : start + MATRICES_AT_ONCE]
-                directions = torch.stack([matrix.wide_direction for matrix in some])  # (N, R, C)
-                for matrix, update in zip(some, orthogonalize(directions), strict=True):
-                    matrix.descend(update)
+                batches.append(matrices[start : start + MATRICES_AT_ONCE])
+        return batches
 
     def _matrices(self, group: dict) -> Iterator[Matrix]:
         """The matrices of a group's parameters, with their momentum brought up to date."""
@@ -124,7 +171,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             # The running mean of the gradients, then the same seen one step ahead (Nesterov).
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            direction = parameter.grad.lerp(state["momentum"], group["momentum"])
+            direction = parameter.grad.lerp_(state["momentum"], group["momentum"])
             parts = zip(parameter.chunk(count), direction.chunk(count), strict=True)
             for weight, part in parts:
                 yield Matrix(weight, part, group)
@@ -149,58 +196,57 @@ class MuonAndAdamW:
             part.zero_grad(set_to_none=set_to_none)
 
 
-# -------------------------------------------------------------------------- from the configuration
+# ---------------------------------------------------------------------------------- one optimizer
 
 Optimizer = torch.optim.AdamW | MuonAndAdamW
 
 
-class OptimizerConfig(Protocol):
-    """What is read here of a training configuration."""
+def make_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    kind: str,
+    learning_rate: float,
+    muon_learning_rate: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    ranks: Ranks = ALONE,
+) -> Optimizer:
+    """AdamW over all of a GPT's parameters (`adamw`), or Muon and AdamW (`muon`).
 
-    optimizer: Literal["adamw", "muon"]
-    learning_rate: float  # AdamW's peak
-    beta1: float
-    beta2: float
-    muon_learning_rate: float  # Muon's peak
-    weight_decay: float
-
-
-def make_optimizer(model: GPT, config: OptimizerConfig) -> Optimizer:
-    """The optimizer that `config` names, over all of the model's parameters.
-
-    Weight decay acts on matrices and embeddings, never on biases and layer norms (GPT-3,
-    appendix B).
+    learning_rate: AdamW's peak. muon_learning_rate: Muon's. Weight decay acts on matrices and
+    embeddings, never on biases and layer norms (GPT-3, appendix B).
     """
-    if config.optimizer == "adamw":
-        return _make_adamw(list(model.parameters()), config)
     groups = []
     rest = []
-    for name, parameter in model.named_parameters():
-        kind = name.split(".", 3)[-1]  # attn.c_attn.weight of transformer.h.0.attn.c_attn.weight
-        if kind in MATRICES_IN:
-            groups.append({"params": [parameter], "matrices": MATRICES_IN[kind]})
+    for name, parameter in named_parameters:
+        part = name.split(".", 3)[-1]  # attn.c_attn.weight of transformer.h.0.attn.c_attn.weight
+        if kind == "muon" and part in MATRICES_IN:
+            groups.append({"params": [parameter], "matrices": MATRICES_IN[part]})
         else:
             rest.append(parameter)
-    muon = Muon(groups, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(beta1, beta2),
+        eps=1e-8,
+        fused=True,
+    )
+    if kind == "adamw":
+        return adamw
+    muon = Muon(groups, muon_learning_rate, weight_decay, ranks=ranks)
     for group in muon.param_groups:
-        group["rate_ratio"] = config.muon_learning_rate / config.learning_rate
-    return MuonAndAdamW(muon, _make_adamw(rest, config))
-
-
-def _make_adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    groups = [
-        {
-            "params": [p for p in parameters if p.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=1e-8, fused=True)
+        group["rate_ratio"] = muon_learning_rate / learning_rate
+    return MuonAndAdamW(muon, adamw)
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """AdamW's learning rate for the next step. Muon's follows it, in proportion to their peaks."""
+    """Set AdamW's rate for the next step, and Muon's to the same share of its own peak.
+
+    So both warm up and fall together, by the one schedule of AdamW's rate.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("rate_ratio", 1.0)
 
@@ -211,7 +257,7 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 STATE_OF = {Muon: ("momentum",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 
 
-def state_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `<parameter>.<kind>`, empty at first.
 
     AdamW's step count is left out: it is the number of updates that the run has made.
@@ -223,7 +269,7 @@ def state_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def optimizer_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """A copy of that state on the CPU."""
     return {
         name: tensor.to("cpu", copy=True).contiguous()
@@ -231,14 +277,14 @@ def optimizer_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def blank_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
+def blank_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """What `optimizer_tensors` will return after an update, all zero."""
     places = _state_by_name(model, optimizer)
     return {name: torch.zeros_like(parameter) for name, (_, _, parameter) in places.items()}
 
 
 def load_optimizer_tensors(
-    model: GPT, optimizer: Optimizer, tensors: dict[str, Tensor], step: int
+    model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], step: int
 ) -> None:
     """Put what `optimizer_tensors` returned after `step` updates back, to the last bit.
 
@@ -261,7 +307,7 @@ def load_optimizer_tensors(
             state["step"] = torch.tensor(float(step), device=parameter.device)
 
 
-def _state_by_name(model: GPT, optimizer: Optimizer) -> dict[str, tuple[dict, str, Tensor]]:
+def _state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, tuple[dict, str, Tensor]]:
     """For each name of optimizer_tensors: the parameter's state, the key in it, the parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     places = {}
@@ -272,3 +318,18 @@ def _state_by_name(model: GPT, optimizer: Optimizer) -> dict[str, tuple[dict, st
                     name = f"{names[parameter]}.{kind}"
                     places[name] = (part.state[parameter], kind, parameter)
     return places
+
+
+def restore(
+    model: nn.Module,
+    optimizer: Optimizer,
+    moments: dict[str, Tensor] | None,
+    updates: int,
+    ranks: Ranks,
+) -> None:
+    """Put the state after so many updates back on every rank; rank 0 alone has the moments."""
+    if updates == 0:  # before the first one there is no state
+        return
+    tensors = moments if ranks.is_main else blank_tensors(model, optimizer)
+    ranks.on_all(load_optimizer_tensors, model, optimizer, tensors, updates)
+    ranks.send_from_main(state_tensors(model, optimizer).values())

@@ -86,17 +86,22 @@ class Ranks:
 
     def send_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Make tensors of equal shapes on all ranks those of rank 0."""
+        for tensor in tensors:
+            self.send(tensor, source=0)
+
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Make a tensor, of equal shape on all ranks, that of one rank."""
         if self.world_size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), src=0)
+            dist.broadcast(tensor.detach(), src=source)
 
     # --------------------------------------------------------------------- work and its failure
 
-    def on_main(self, work: Callable, *args) -> Any:
+    def on_main(self, work: Callable, *args, share: bool = True) -> Any:
         """Call `work(*args)` on rank 0 alone; returns its result on every rank.
 
         Rank 0 may take as long as it needs. Where it fails all ranks end: rank 0 with the error,
-        the others with a line that repeats it.
+        the others with a line that repeats it. share: without it the others get None, as of a
+        result that is large.
         """
         result, error = None, None
         if self.is_main:
@@ -105,12 +110,13 @@ class Ranks:
             except Exception as caught:
                 error = caught
         self._wait_for_main(work)
-        reason, result = self.broadcast((error and script.describe(error), result))
+        shared = result if share else None
+        reason, shared = self.broadcast((error and script.describe(error), shared))
         if error:
             raise error
         if reason:
             self._end_with(0, reason)
-        return result
+        return result if self.is_main else shared
 
     def on_all(self, work: Callable, *args) -> Any:
         """Call `work(*args)` on every rank. Where one fails all end, as by `on_main`."""
@@ -198,6 +204,9 @@ class Ranks:
                     "test the machines' memory if it happens again"
                 )
             )
+
+
+ALONE = Ranks()
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:

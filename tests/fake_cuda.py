@@ -39,7 +39,6 @@ from sample import generate  # noqa: E402
 from support.optimizer import (  # noqa: E402
     Optimizer,
     load_optimizer_tensors,
-    make_optimizer,
     optimizer_tensors,
 )
 from support.runtime import Runtime, start  # noqa: E402
@@ -264,12 +263,12 @@ def run_everything() -> dict[str, dict]:
     loss_fn = NextTokenLoss(model)
     for name in ("adamw", "muon"):
         config = replace(CONFIG, optimizer=name)
-        optimizer = make_optimizer(model, config)
+        optimizer = train_gpt2.build_optimizer(model, config)
         step = functools.partial(train_step, loss_fn, optimizer, rt)
         report[f"first step, {name}"] = record(step)
 
         saved = optimizer_tensors(model, optimizer)
-        optimizer = make_optimizer(model, config)
+        optimizer = train_gpt2.build_optimizer(model, config)
         load_optimizer_tensors(model, optimizer, saved, step=1)
         step = functools.partial(train_step, loss_fn, optimizer, rt)
         report[f"step after loading, {name}"] = record(step)

@@ -3,36 +3,41 @@ out."""
 
 import copy
 import math
-from types import SimpleNamespace
+import os
 
 import pytest
 import torch
-from tools import tiny_model
+from safetensors.torch import load_file
+from tools import ROOT, tiny_model, torchrun
 
 from model import GPT, NextTokenLoss
 from support.optimizer import (
     MuonAndAdamW,
+    Optimizer,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
     orthogonalize,
     set_learning_rate,
+    share,
 )
+from support.ranks import ALONE, Ranks
 from support.script import UserError
 
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def config(**changes) -> SimpleNamespace:
-    values = {
-        "optimizer": "muon",
-        "learning_rate": 4e-3,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "muon_learning_rate": 0.02,
-        "weight_decay": 0.1,
-    }
-    return SimpleNamespace(**{**values, **changes})
+def optimizer_of(model: GPT, kind: str = "muon", ranks: Ranks = ALONE) -> Optimizer:
+    return make_optimizer(
+        model.named_parameters(),
+        kind,
+        learning_rate=4e-3,
+        muon_learning_rate=0.02,
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        ranks=ranks,
+    )
 
 
 def set_gradients(model: GPT, seed: int) -> None:
@@ -89,7 +94,7 @@ def test_blocks_are_trained_as_torchs_muon_trains_q_k_v_and_the_other_matrices_o
     )  # as torch's
     model = tiny_model()
     model.requires_grad_(True)
-    optimizer = make_optimizer(model, config())
+    optimizer = optimizer_of(model)
     peers = {}
     for name, parameter in model.named_parameters():
         if name.endswith(MATRICES):
@@ -112,8 +117,8 @@ def test_blocks_are_trained_as_torchs_muon_trains_q_k_v_and_the_other_matrices_o
 def test_everything_but_the_blocks_matrices_is_trained_as_by_adamw_alone():
     model = tiny_model()
     peer = copy.deepcopy(model)
-    muon = make_optimizer(model, config())
-    adamw = make_optimizer(peer, config(optimizer="adamw"))
+    muon = optimizer_of(model)
+    adamw = optimizer_of(peer, "adamw")
     set_gradients(model, 0)
     for parameter, other in zip(model.parameters(), peer.parameters(), strict=True):
         other.grad = parameter.grad.clone()
@@ -121,6 +126,63 @@ def test_everything_but_the_blocks_matrices_is_trained_as_by_adamw_alone():
     adamw.step()
     same = {n for n, p in model.named_parameters() if torch.equal(p, peer.get_parameter(n))}
     assert same == {n for n, _ in model.named_parameters() if not n.endswith(MATRICES)}
+
+
+# ---------------------------------------------------------------------------------- shared work
+
+MUON_ON_RANKS = """
+import sys
+from safetensors.torch import save_file
+from support import runtime, script
+from test_optimizer import trained_by_muon
+
+def main():
+    rt = runtime.start("cpu", "float32")
+    save_file(trained_by_muon(rt), f"{sys.argv[1]}/{rt.rank}.safetensors")
+
+script.run_script(main)
+"""
+
+
+def trained_by_muon(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Weights after three steps of six batches of matrices, the same gradients on every rank."""
+    torch.manual_seed(0)
+    model = tiny_model(n_layer=4)
+    train(model, optimizer_of(model, ranks=ranks), range(3))
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_that_share_muons_work_make_the_bits_of_one(tmp_path, world_size):
+    script = tmp_path / "muon.py"
+    script.write_text(MUON_ON_RANKS)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = torchrun(world_size, script, tmp_path, env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    alone = trained_by_muon(ALONE)
+    for rank in range(world_size):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for name, weights in alone.items():
+            assert torch.equal(found[name], weights), name
+
+
+def test_each_rank_makes_half_of_each_steps_updates(monkeypatch):
+    made = []
+    monkeypatch.setattr(Ranks, "send", lambda self, tensor, source: None)
+    monkeypatch.setattr("support.optimizer.orthogonalize", lambda x: made.append(x.shape) or x)
+    trained_by_muon(Ranks(1, 2))
+    assert [tuple(shape) for shape in made] == 3 * [(4, 32, 32), (4, 32, 32), (4, 32, 128)]
+
+
+def test_work_is_shared_evenly():
+    """That of GPT-2 124M: twelve batches of small matrices, and six of large ones."""
+    work = 12 * [1] + 6 * [3]
+    for world_size, most in ((1, 30), (2, 15), (4, 8), (8, 4)):
+        owners = share(work, world_size)
+        loads = [0] * world_size
+        for owner, size in zip(owners, work, strict=True):
+            loads[owner] += size
+        assert max(loads) == most
 
 
 # --------------------------------------------------------------------------------------- groups
@@ -133,7 +195,7 @@ def test_weight_decay_shrinks_matrices_and_embeddings_only(kind):
         for parameter in model.parameters():
             parameter.fill_(1.0)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, config(optimizer=kind))
+    optimizer = optimizer_of(model, kind)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -149,14 +211,14 @@ def test_weight_decay_shrinks_matrices_and_embeddings_only(kind):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_is_in_one_group(kind):
     model = tiny_model()
-    optimizer = make_optimizer(model, config(optimizer=kind))
+    optimizer = optimizer_of(model, kind)
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == set(model.parameters())
 
 
 def test_adamw_alone_is_torchs_fused_adamw_at_gpt3s_settings():
-    optimizer = make_optimizer(tiny_model(), config(optimizer="adamw"))
+    optimizer = optimizer_of(tiny_model(), "adamw")
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["fused"]
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.95), 1e-8)
@@ -164,10 +226,10 @@ def test_adamw_alone_is_torchs_fused_adamw_at_gpt3s_settings():
 
 def test_adamw_takes_the_learning_rate_as_it_is_and_muon_in_proportion_to_its_peak():
     rate = 4e-3 * 7 / 11
-    adamw = make_optimizer(tiny_model(), config(optimizer="adamw"))
+    adamw = optimizer_of(tiny_model(), "adamw")
     set_learning_rate(adamw, rate)
     assert {group["lr"] for group in adamw.param_groups} == {rate}
-    both = make_optimizer(tiny_model(), config())
+    both = optimizer_of(tiny_model())
     set_learning_rate(both, rate)
     muon, rest = both.parts
     assert {group["lr"] for group in rest.param_groups} == {rate}
@@ -176,7 +238,7 @@ def test_adamw_takes_the_learning_rate_as_it_is_and_muon_in_proportion_to_its_pe
 
 def test_zero_grad_drops_every_gradient():
     model = tiny_model()
-    optimizer = make_optimizer(model, config())
+    optimizer = optimizer_of(model)
     set_gradients(model, 0)
     optimizer.zero_grad(set_to_none=True)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -188,10 +250,10 @@ def test_zero_grad_drops_every_gradient():
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_training_goes_on_to_the_last_bit_from_saved_state(kind):
     model = tiny_model()
-    optimizer = make_optimizer(model, config(optimizer=kind))
+    optimizer = optimizer_of(model, kind)
     train(model, optimizer, range(3))
     resumed = copy.deepcopy(model)
-    fresh = make_optimizer(resumed, config(optimizer=kind))
+    fresh = optimizer_of(resumed, kind)
     load_optimizer_tensors(resumed, fresh, optimizer_tensors(model, optimizer), step=3)
     train(model, optimizer, range(3, 6))
     train(resumed, fresh, range(3, 6))
@@ -201,7 +263,7 @@ def test_training_goes_on_to_the_last_bit_from_saved_state(kind):
 
 def test_state_is_named_by_parameter_and_kind():
     model = tiny_model()
-    optimizer = make_optimizer(model, config())
+    optimizer = optimizer_of(model)
     assert isinstance(optimizer, MuonAndAdamW)
     train(model, optimizer, range(1))
     tensors = optimizer_tensors(model, optimizer)
@@ -217,20 +279,20 @@ def test_state_is_named_by_parameter_and_kind():
 @pytest.mark.parametrize("saved, resumed", [("adamw", "muon"), ("muon", "adamw")])
 def test_the_state_of_another_optimizer_is_refused(saved, resumed):
     model = tiny_model()
-    optimizer = make_optimizer(model, config(optimizer=saved))
+    optimizer = optimizer_of(model, saved)
     train(model, optimizer, range(1))
     tensors = optimizer_tensors(model, optimizer)
-    other = make_optimizer(model, config(optimizer=resumed))
+    other = optimizer_of(model, resumed)
     with pytest.raises(UserError, match="attn.c_attn.weight"):
         load_optimizer_tensors(model, other, tensors, step=1)
 
 
 def test_state_of_another_shape_is_refused():
     model = tiny_model()
-    optimizer = make_optimizer(model, config())
+    optimizer = optimizer_of(model)
     train(model, optimizer, range(1))
     tensors = optimizer_tensors(model, optimizer)
     name = "transformer.h.1.mlp.c_fc.weight.momentum"
     tensors[name] = tensors[name][:, :16]
     with pytest.raises(UserError, match=name):
-        load_optimizer_tensors(model, make_optimizer(model, config()), tensors, step=1)
+        load_optimizer_tensors(model, optimizer_of(model), tensors, step=1)

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
 from support import plan
-from support.optimizer import make_optimizer
 from support.plan import (
     activation_bytes,
     all_reduce_seconds,
@@ -29,7 +28,7 @@ from support.plan import (
     parameters,
 )
 from support.runtime import Runtime, start
-from train_gpt2 import RECIPES, config_of_command_line, main
+from train_gpt2 import RECIPES, build_optimizer, config_of_command_line, main
 
 DOC = (ROOT / "docs" / "scaling.md").read_text()
 
@@ -84,7 +83,7 @@ def test_memory_is_the_peak_that_torch_tracks(dtype, width, B):
     config = GPTConfig(2, 4, 512, 1024, 4096)
     with FakeTensorMode():
         loss_fn = NextTokenLoss(GPT(config))
-        optimizer = make_optimizer(loss_fn.model, RECIPES["gpt2"])
+        optimizer = build_optimizer(loss_fn.model, RECIPES["gpt2"])
         idx = torch.zeros(B, 1024, dtype=torch.long)
         tracker = MemTracker()
         tracker.track_external(loss_fn, optimizer)
@@ -141,7 +140,7 @@ def test_a_checkpoint_has_the_planned_size(tmp_path):
     """Weights as they are saved, and AdamW's moments as tensors."""
     config = GPTConfig(2, 2, 64, 64, 257)
     model = GPT(config)
-    optimizer = make_optimizer(model, RECIPES["gpt2"])
+    optimizer = build_optimizer(model, RECIPES["gpt2"])
     model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
     optimizer.step()
     model.save_pretrained(tmp_path)

@@ -169,7 +169,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_vectors_alone(name):
         torch.nn.init.constant_(parameter, 1.0)
         parameter.grad = torch.zeros_like(parameter)
     config = replace(CONFIG, optimizer=name, weight_decay=0.5, learning_rate=0.1)
-    train_gpt2.make_optimizer(model, config).step()
+    train_gpt2.build_optimizer(model, config).step()
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             assert parameter.max() < 1, parameter_name
@@ -814,7 +814,7 @@ def test_with_skip_spikes_the_weights_are_those_of_a_run_without_that_update(
 ):
     assert train("--data", data, *TINY, "--skip-spikes", "--out", "skipping") == 0
     assert [entry["left_out"] for entry in read_log(Path("skipping"), "spike")] == [True]
-    real = train_gpt2.make_optimizer
+    real = train_gpt2.build_optimizer
 
     def without_update_14(model, config):
         optimizer = real(model, config)
@@ -822,7 +822,7 @@ def test_with_skip_spikes_the_weights_are_those_of_a_run_without_that_update(
         optimizer.step = lambda: calls.append(1) if len(calls) == 13 else calls.append(step())
         return optimizer
 
-    monkeypatch.setattr(train_gpt2, "make_optimizer", without_update_14)
+    monkeypatch.setattr(train_gpt2, "build_optimizer", without_update_14)
     assert train("--data", data, *TINY, "--out", "other") == 0
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert same_tensors(Path("skipping/step_000020", file), Path("other/step_000020", file))
