@@ -347,10 +347,11 @@ def plan_elsewhere(config: PlanConfig) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    config = parse_flags(PlanConfig, PlanConfig(), __doc__, args)
+    help_text = __doc__.partition("\nEverything here")[0]
+    config = parse_flags(PlanConfig, PlanConfig(), help_text, args)
     if config.run:
         of_run = replace(PlanConfig(), **values_of_run(config.run))
-        config = parse_flags(PlanConfig, of_run, __doc__, args)
+        config = parse_flags(PlanConfig, of_run, help_text, args)
     check_fields(config)
     say(*plan_elsewhere(config))
 

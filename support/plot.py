@@ -632,10 +632,12 @@ class Panel:
         The first steps fall from ln V. To show them whole would flatten all that comes after. Nor
         does a group set the scale that ends above twice the lowest end: it has diverged.
         """
-        curves = []
-        for group in self.groups:
-            of_group = [curve for event in events if (curve := group.curve(event)) is not None]
-            curves += [(group.runs[0], curve) for curve in of_group[:1]]
+        curves = [
+            (group.runs[0], curve)
+            for group in self.groups
+            for event in events
+            if (curve := group.curve(event)) is not None
+        ]
         unsettled = UNSETTLED * max((curve.x[-1] for _, curve in curves), default=0)
         settled = []
         for run, curve in curves:

@@ -228,6 +228,14 @@ def test_the_best_checkpoint_is_marked_beside_the_last_value(tmp_path, draw, cap
     assert star.get_xydata().tolist() == [[50_000, 3.05]]
 
 
+def test_a_validation_far_below_the_training_loss_is_in_the_picture(tmp_path, draw):
+    run = write_run(tmp_path / "a", steps=50, max_steps=50)
+    log = (run / "log.jsonl").read_text().replace('"val_loss": 3.2', '"val_loss": 1.2')
+    (run / "log.jsonl").write_text(log)
+    bottom, _ = draw(run).axes[0].get_ylim()
+    assert bottom < 1.2
+
+
 # ------------------------------------------------------------------------------ forks
 
 
