@@ -441,7 +441,8 @@ def make_figure(groups: list[Group], x: str, y: str):
     """The figure: a panel of losses and one of HellaSwag scores, or one of `y`."""
     from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
-    events = dict.fromkeys(event for group in groups for event in group.runs[0].curves)
+    runs = [run for group in groups for run in group.runs]
+    events = dict.fromkeys(event for run in runs for event in run.curves)
     has_scores = "hellaswag" in events and not y
     figure = Figure(dpi=200)
     axes = figure.subplots(1, 2 if has_scores else 1, squeeze=False)[0]
