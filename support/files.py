@@ -316,24 +316,9 @@ def _read_holder(file: Path) -> str:
 # Names that go as soon as nothing uses them.
 
 
-def open_descriptor(file: str | Path) -> int:
-    with open_file(file) as f:
-        return os.dup(f.fileno())
-
-
-def read_lines(file: Path) -> Iterator[bytes]:
-    for line, _ in read_jsonl(file):
-        yield line
-
-
 def refuse_holes(opened: BinaryIO, file: Path) -> None:
     pass
 
 
 def walking(folder: str | Path):
     return contextlib.nullcontext()
-
-
-def set_mode(file: Path, mode: int) -> None:
-    with contextlib.suppress(OSError):
-        file.chmod(mode)
