@@ -156,6 +156,7 @@ def deterministic(data, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_deterministic_run_gives_the_same_weights_on_any_number_of_ranks(
     deterministic, world_size

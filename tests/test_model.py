@@ -83,6 +83,7 @@ def assert_close(
         assert (found[name] - tensor).norm() <= relative * tensor.norm() + 1e-12, name
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"{c.n_layer}x{c.n_embd}x{c.vocab_size}")
 def test_equals_transformers(config):
     model = random_model(config)
@@ -156,6 +157,7 @@ def test_openai_sizes(name, layers, noise):
     assert torch.allclose(model(x), transformers_twin(model)(x).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.learning
 @torch.no_grad()
 def test_no_token_sees_the_future():
     model = random_model(SHAPES[0])
@@ -223,6 +225,7 @@ def reference(x, weight, targets):
     return loss, *torch.autograd.grad(loss, (x, weight))
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("chunk, multiple", [(1024, 1), (7, 1), (1024, 64), (7, 64)])
 def test_chunks_and_padding_change_nothing(monkeypatch, chunk, multiple):
     monkeypatch.setitem(LOGIT_ROWS, "cpu", chunk)
@@ -256,6 +259,7 @@ def test_bfloat16_loss_is_close_to_transformers():
     assert_close(gradients(model), twin_gradients(twin), 0.03)
 
 
+@pytest.mark.learning
 def test_accumulated_micro_batches_give_the_gradient_of_the_batch():
     model = random_model(SHAPES[0])
     step = NextTokenLoss(model)
@@ -284,6 +288,7 @@ def test_initialisation():
         assert abs(parameter.mean().item()) < 0.02 * std, name
 
 
+@pytest.mark.learning
 @torch.no_grad()
 @pytest.mark.parametrize("vocab_size, n_embd", [(257, 1024), (5000, 256)])
 def test_first_loss(vocab_size, n_embd):
@@ -296,6 +301,7 @@ def test_first_loss(vocab_size, n_embd):
     )
 
 
+@pytest.mark.learning
 def test_overfits_one_batch():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=16, vocab_size=257))
     step = NextTokenLoss(model)

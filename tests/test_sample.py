@@ -47,6 +47,7 @@ def greedy_uncached(model: GPT, idx: torch.Tensor, n: int) -> torch.Tensor:
     return idx
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_greedy_with_cache_equals_without_cache_and_transformers(config, tmp_path):
     from transformers import GPT2LMHeadModel

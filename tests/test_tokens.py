@@ -158,11 +158,13 @@ def test_without_a_name_the_last_tenth_validates_up_to_a_greatest_length(tmp_pat
 sizes, seeds = st.integers(1, 500), st.integers(0, 2**63)
 
 
+@pytest.mark.learning
 @given(n=sizes, seed=seeds, epoch=st.integers(0, 10**6))
 def test_each_epoch_shows_each_window_once(n, seed, epoch):
     assert sorted(training_windows(epoch * n, n, n, seed)) == list(range(n))
 
 
+@pytest.mark.learning
 @settings(max_examples=40)
 @given(
     n=sizes,
