@@ -311,14 +311,3 @@ def _read_holder(file: Path) -> str:
     except (UserError, OSError, ValueError):
         return "another process"
     return shown(text) or "another process"
-
-
-# Names that go as soon as nothing uses them.
-
-
-def refuse_holes(opened: BinaryIO, file: Path) -> None:
-    pass
-
-
-def walking(folder: str | Path):
-    return contextlib.nullcontext()

@@ -49,7 +49,6 @@ from support.files import (
     read_jsonl,
     remove,
     remove_leftovers,
-    set_mode,
     sync,
     write_file,
 )
@@ -409,7 +408,8 @@ def write_checkpoint_files(
     mode = (folder / "state.json").stat().st_mode & 0o777  # as the user's umask wants it
     files = {}
     for file in sorted(folder.iterdir()):
-        set_mode(file, mode)  # safetensors makes its files readable for their owner alone
+        with contextlib.suppress(OSError):  # not every file system has permissions
+            file.chmod(mode)  # safetensors makes its files readable for their owner alone
         sync(file)
         files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     write_file(folder / "manifest.json", (json.dumps({"files": files}, indent=2) + "\n").encode())
