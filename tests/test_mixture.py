@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tools import write_counting_data
 
 from support.mixture import parse_data, pattern
 from support.script import UserError
-from tokens import Mixture, training_windows
+from tokens import Mixture, open_data, training_windows
 
 T = 4
 weights = st.lists(st.floats(0.01, 1), min_size=1, max_size=8)
@@ -154,6 +155,18 @@ def test_one_corpus_is_read_as_without_a_mixture(first, size, seed):
     _, windows = samples(mixture, first, 20, seed)
     assert np.array_equal(windows, training_windows(first, 20, size, seed))
     assert mixture.fingerprint == "0"
+
+
+def test_the_windows_are_those_of_the_token_files(tmp_path):
+    low = open_data(write_counting_data(tmp_path / "low", modulus=100))
+    high = open_data(write_counting_data(tmp_path / "high", shards=((9, "val"), (200, "train"))))
+    mixture = Mixture({"low": low, "high": high}, [3, 1])
+    rows = mixture.windows_of_samples(0, 8, T, seed=5)
+    of_low = low.train.windows(training_windows(0, 6, low.train.num_windows(T), 5), T)
+    of_high = high.train.windows(training_windows(0, 2, high.train.num_windows(T), 5), T)
+    assert mixture.pattern.tolist() == [0, 0, 0, 1]
+    expected = [*of_low[:3], of_high[0], *of_low[3:], of_high[1]]
+    assert np.array_equal(rows, np.stack(expected))
 
 
 # ------------------------------------------------------------------------------- what is recognised
