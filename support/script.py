@@ -146,13 +146,10 @@ def parse_flags(
 # ---------------------------------------------------------------------------------------- output
 
 
-# What can move a terminal's cursor, set its title, write its clipboard, or show text in an order
-# that it does not have: control characters but newline and tab, marks of text direction, and
-# surrogates, which cannot be written at all. Also what is never seen, but copied with a text; the
-# joiners that emoji and Persian are written with are not among them.
+# What can move a terminal's cursor, set its title, or show text in an order that it does not have:
+# control characters but newline and tab, marks of text direction, and lone surrogates.
 UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
-    "\u200b\u2028\u2029\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e00ff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
@@ -184,8 +181,9 @@ def say(*lines: str) -> None:
 
 def _write_message(message: str) -> None:
     """One write for the whole message: under torchrun other ranks write to the same terminal."""
-    sys.stderr.write(_written(message, sys.stderr) + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(_written(message, sys.stderr) + "\n")
+        sys.stderr.flush()
 
 
 def _open_output() -> None:

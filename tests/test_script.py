@@ -472,6 +472,13 @@ def test_a_full_or_closed_output_does_not_end_the_work(tmp_path, redirection):
     assert finishes(write_script(tmp_path, WRITES), tmp_path, redirection)
 
 
+@needs_full
+def test_an_error_that_cannot_be_written_keeps_its_exit_code(tmp_path):
+    script = write_script(tmp_path, "raise script.UserError('this; expected that; do it')")
+    with open("/dev/full", "w") as full:
+        assert start_script(script, stderr=full).wait(timeout=60) == 2
+
+
 def test_a_reader_of_both_outputs_who_has_gone_does_not_end_the_work(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
