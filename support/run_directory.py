@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -85,7 +86,7 @@ class Checkpoint:
     """A checkpoint in memory: as its manifest says, finite, on the CPU."""
 
     folder: Path
-    config: dict  # of config.json
+    config: dict  # of config.json, as huggingface.read_config gives it
     state: dict  # of state.json
     weights_sha256: str  # of model.safetensors
     weights: dict[str, Tensor]  # by name of the parameter, linears as [out, in]
@@ -247,8 +248,9 @@ class RunDirectory:
     ) -> None:
         """Commit the checkpoint of this step, and then remove those that need not be kept.
 
-        config: of config.json. weights, moments: tensors on any device. state: `data` (the
-        fingerprint), `samples`, and whatever else STATE names. keep, spare: see `prune`.
+        config, weights: what GPT.saved_form gives. moments: the optimizer's tensors, by name. Both
+        may lie on any device. state: `data` (the fingerprint), `samples`, and what else STATE
+        names. keep, spare: see `prune`.
 
         Training waits until weights and moments are copied to the CPU and checked for NaN and Inf.
         They are written, hashed and flushed in a thread beside the next steps. `wait_for_commit`
@@ -396,20 +398,17 @@ def write_checkpoint_files(
     state: dict,
 ) -> None:
     """Every file of a checkpoint, on disk; manifest.json last."""
-    file = folder / WEIGHTS
+    save_model(folder, config, weights)
+    save_tokenizer(encoding, folder, config["block_size"])
+    write_file(folder / "state.json", (json.dumps(state, indent=2) + "\n").encode())
+    file = folder / MOMENTS
     try:
-        save_model(folder, config, weights)
-        save_tokenizer(encoding, folder, config["block_size"])
-        file = folder / MOMENTS
         save_file(moments, file)
     except SafetensorError as error:  # it is raised for a full disk too, and names no file
         raise OSError(f"{file}: {error}") from None
-    write_file(folder / "state.json", (json.dumps(state, indent=2) + "\n").encode())
-    mode = (folder / "state.json").stat().st_mode & 0o777  # as the user's umask wants it
+    shutil.copymode(folder / "state.json", file)  # safetensors lets only the owner read it
     files = {}
     for file in sorted(folder.iterdir()):
-        with contextlib.suppress(OSError):  # not every file system has permissions
-            file.chmod(mode)  # safetensors makes its files readable for their owner alone
         sync(file)
         files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     write_file(folder / "manifest.json", (json.dumps({"files": files}, indent=2) + "\n").encode())
@@ -463,7 +462,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     weights = load_tensors(folder / WEIGHTS, files[WEIGHTS])
     return Checkpoint(
         folder,
-        config=read_json(folder / "config.json", {}),
+        config=read_config(folder),
         state=state,
         weights_sha256=files[WEIGHTS]["sha256"],
         weights={
@@ -709,6 +708,11 @@ def resolve_model(
         fault = fault_of(place, names)
         require(fault is None, f"{fault}; {ANOTHER}")
     return str(place)
+
+
+def describe(name: str) -> dict:
+    """config.json of the model that `name` stands for; its weights are not read."""
+    return read_config(resolve_model(name, lambda line: None, ("config.json",)))
 
 
 def checkpoint_to_load(run: Path, names: Iterable[str], warn: Callable[[str], None]) -> Path:

@@ -1,19 +1,21 @@
-"""Kill training runs at random moments, resume them, and compare them with undisturbed ones.
+"""Disturb training runs at random moments, resume them, and compare them with undisturbed ones.
 
-    python tests/chaos.py --kills 25
-    python tests/chaos.py --schedules 20    with --deterministic, on changing numbers of ranks
+    python tests/chaos.py --kills 25             SIGKILL to a rank, then to all of them
+    python tests/chaos.py --schedules 20         the same with --deterministic, and after each kill
+                                                 another number of ranks
+    python tests/chaos.py --signals 20           SIGTERM, SIGINT, SIGHUP, …
+    python tests/chaos.py --power-failures 20    only what was flushed is still on the disk
+    python tests/chaos.py --full-disks 20        disks that are full at some moment (needs unshare)
+    python tests/chaos.py --damages 20           one file of the newest checkpoint is damaged
+    python tests/chaos.py --torchrun 10          SIGKILL to torchrun, to a worker, or to all
 
-Runs of a tiny model with one, two, three and four ranks, half of them with Muon, are killed with
-SIGKILL, a rank at a time, and resumed, until the wanted number of kills is reached. Every second
-kill is aimed at a save. In the end all files of all checkpoints, the log without its timing, and
-the list of what is in the directory must be those of a run that nobody disturbed, byte for byte.
-Fewer than 30% of kills inside saves count as a failure too.
-
-A schedule is a run that goes on with one, two or four ranks after each kill, drawn at random. It is
-compared with an undisturbed run of one rank.
+Runs of a tiny model with one, two, three and four ranks, half of them with Muon. In the end all
+files of all checkpoints, the log without its timing, and the list of what is in the directory must
+be those of a run that nobody disturbed, byte for byte. Every second of the kills is aimed at a
+save, and fewer than 30% of kills inside saves count as a failure too.
 
 The ranks are forked from a process that has imported everything, so that a start takes a tenth of
-a second. They meet as the workers of torchrun do.
+a second. They meet as the workers of torchrun do. Only full disks and torchrun start real commands.
 """
 
 import argparse
@@ -24,8 +26,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
+import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,6 +53,8 @@ FLAGS = f"""
     --save-every 2 --keep 2 --keep-best --dropout 0.1 --dtype float32 --device cpu --no-compile
 """
 LEAST_SHARE_IN_SAVES = 0.3
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
 
 fork_server = multiprocessing.get_context("forkserver")
 # torch imports the last one when the first optimizer is made, which takes a second.
@@ -186,6 +193,11 @@ def without_time(state: dict) -> dict:
     return {key: state[key] for key in state if key not in ("elapsed", "train_json")}
 
 
+def without_saves(state: dict) -> dict:
+    """A final state without the lines of saves in its log."""
+    return state | {"log": [entry for entry in state["log"] if entry["event"] != "save"]}
+
+
 def time_rises(run: Path) -> bool:
     """Whether the seconds of training in the log never go back."""
     lines = (run / "log.jsonl").read_text().splitlines()
@@ -206,16 +218,14 @@ def differences(expected: dict, found: dict) -> list[str]:
 class Score:
     """What a campaign has done so far."""
 
-    kills: int = 0
+    kills: int = 0  # or other disturbances
     in_saves: int = 0
     runs: int = 0
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return (
-            f"{self.kills} kills, {self.in_saves} of them inside saves, in {self.runs} runs; "
-            f"{len(self.faults)} differ"
-        )
+        in_saves = f", {self.in_saves} of them inside saves," if self.in_saves else ""
+        return f"{self.kills} times{in_saves} in {self.runs} runs; {len(self.faults)} differ"
 
 
 def mark_saves(scratch: Path) -> None:
@@ -360,9 +370,17 @@ def campaign(
     return score
 
 
-def compare(expected: dict, run: Path, score: Score) -> None:
-    """Add to the faults of a score what is not as expected in a finished run."""
-    wrong = [] if score.faults else differences(expected, final_state(run))
+def compare(expected: dict, run: Path, score: Score, with_saves: bool = True) -> None:
+    """Add to the faults of a score what is not as expected in a finished run.
+
+    with_saves: whether both must have saved at the same steps.
+    """
+    if score.faults:
+        return
+    found = final_state(run)
+    if not with_saves:
+        expected, found = without_saves(expected), without_saves(found)
+    wrong = differences(expected, found)
     if wrong:
         score.faults.append(f"{run.name}: not as in an undisturbed run: {', '.join(wrong)}")
 
@@ -391,30 +409,287 @@ def schedules(count: int, folder: Path, seed: int, flags: list[str]) -> Score:
     return score
 
 
+# ----------------------------------------------------------------------- other disturbances
+#
+# Each of these takes a run to its end, disturbed in its own way, and counts that in the score.
+# `calm` is the undisturbed run that it will be compared with, and `seconds` what that has taken.
+
+
+@dataclass
+class Case:
+    """A run that is to be disturbed."""
+
+    world_size: int
+    args: list
+    run: Path
+    calm: Path
+    seconds: float
+    generator: random.Random
+    score: Score
+
+    @property
+    def scratch(self) -> Path:
+        return self.run.with_name(f"{self.run.name}-output")
+
+    @property
+    def args_to_resume(self) -> list:
+        return [*self.args, "--out", self.run, "--resume"]
+
+    def start(self, **how) -> Ranks:
+        return start_ranks(self.world_size, self.args_to_resume, self.scratch, **how)
+
+    def finish(self) -> None:
+        run_ranks(self.world_size, self.args_to_resume, self.scratch)
+
+    def wait(self, ranks: Ranks) -> None:
+        wait_at_random(ranks, self.run, self.seconds, self.generator, aims=False)
+
+    def fault(self, text: str) -> None:
+        self.score.faults.append(f"{self.run.name}: {text}")
+
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
+def signalled(case: Case) -> None:
+    """A signal to one rank stops all of them, and once they train they save first."""
+    ranks = case.start()
+    case.wait(ranks)
+    number = getattr(signal, case.generator.choice(SIGNALS))
+    process = case.generator.choice(ranks.processes)
+    with contextlib.suppress(ProcessLookupError):  # the run may have ended
+        os.kill(process.pid, number)
+    codes = ranks.wait()
+    log = case.run / "log.jsonl"
+    trains = log.exists() and '"train"' in log.read_text()
+    if None in codes or (trains and set(codes) not in ({128 + number}, {0})):
+        case.fault(f"exit codes {codes} after signal {number}: {ranks.output()[-500:]}")
+        return
+    case.score.kills += any(codes)
+    case.finish()
+
+
+def keep_what_is_flushed(shadow: Path) -> None:
+    """In a rank: keep in `shadow` what a power failure would leave, by number of the inode."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        place = f"/proc/self/fd/{descriptor}"
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            entries = {e.name: [e.inode(), e.is_dir()] for e in os.scandir(os.readlink(place))}
+            content = json.dumps(entries).encode()
+        else:
+            content = Path(place).read_bytes()
+        temporary = shadow / f"{os.getpid()}.{status.st_ino}"
+        temporary.write_bytes(content)
+        temporary.rename(shadow / str(status.st_ino))
+
+    os.fsync = fsync
+
+
+def without_power(shadow: Path, folder: int, target: Path) -> None:
+    """Write what was flushed of a folder, given by its inode; a file that never was is empty."""
+    target.mkdir()
+    listing = shadow / str(folder)
+    entries = json.loads(listing.read_bytes()) if listing.exists() else {}
+    for name, (inode, is_folder) in entries.items():
+        if is_folder:
+            without_power(shadow, inode, target / name)
+        else:
+            flushed = shadow / str(inode)
+            content = flushed.read_bytes() if flushed.exists() else b""
+            (target / name).write_bytes(content)
+
+
+def powerless(case: Case) -> None:
+    """All ranks are killed, and what was not flushed is gone."""
+    shadow = case.run.with_name(f"{case.run.name}-flushed")
+    shadow.mkdir()
+    case.run.mkdir()
+    ranks = case.start(prepare=functools.partial(keep_what_is_flushed, shadow))
+    case.wait(ranks)
+    ranks.kill()
+    case.score.kills += 1
+    before = case.run.rename(case.run.with_name(f"{case.run.name}-before"))
+    without_power(shadow, before.stat().st_ino, case.run)
+    case.finish()
+
+
+DAMAGES = {
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "gone": lambda file: file.unlink(),
+    "flipped": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1])),
+}
+
+
+def damaged(case: Case) -> None:
+    """One file of the newest checkpoint of a finished run is damaged."""
+    shutil.copytree(case.calm, case.run)
+    newest = max(case.run.glob("step_*"))
+    file = case.generator.choice(sorted(newest.iterdir()))
+    how = case.generator.choice(list(DAMAGES))
+    DAMAGES[how](file)
+    case.score.kills += 1
+    case.finish()
+    aside = case.run / f"damaged_{newest.name}"
+    if not aside.is_dir():
+        case.fault(f"{file.name} {how}, and not noticed")
+        return
+    shutil.rmtree(aside)
+
+
+def on_a_full_disk(case: Case) -> None:
+    """A disk of random size that the run may not fit on: one line names the file."""
+    largest = sum(file.stat().st_size for file in case.calm.rglob("*"))
+    kilobytes = case.generator.randrange(16, largest // 1024)
+    disk = case.run.with_name(f"{case.run.name}-disk")
+    disk.mkdir()
+    command = [sys.executable, ROOT / "train_gpt2.py", *case.args, "--out", disk / "run"]
+    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {disk}"
+    run = " ".join(map(str, command))
+    script = f"{mount} && {run}; code=$?; cp -a {disk}/run {case.run}; exit $code"
+    ended = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    lines = ended.stderr.splitlines()
+    errors = [line for line in lines if line.startswith(("error:", "Traceback"))]
+    if ended.returncode not in (0, 2) or len(errors) != (ended.returncode == 2):
+        case.fault(f"exit code {ended.returncode} on {kilobytes} kB: {ended.stderr[-500:]}")
+    elif errors and f"{disk}/run" not in errors[0]:
+        case.fault(f"no file is named on {kilobytes} kB: {errors[0]}")
+    case.score.kills += ended.returncode == 2
+    case.finish()
+
+
+def under_torchrun(case: Case) -> None:
+    """SIGKILL to torchrun and its workers, to one worker, or to torchrun alone, up to four times.
+
+    Workers whose torchrun has gone end by themselves.
+    """
+    command = [BIN / "torchrun", "--standalone", f"--nproc-per-node={case.world_size}"]
+    command += ["--max-restarts=3", ROOT / "train_gpt2.py", *case.args_to_resume]
+    case.scratch.mkdir()
+    for number in range(4):
+        output = open(case.scratch / f"{number}.txt", "w")  # noqa: SIM115
+        agent = subprocess.Popen(
+            list(map(str, command)), stdout=output, stderr=output, start_new_session=True
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            agent.wait(case.generator.uniform(0, 1.5 * SECONDS_UNDER_TORCHRUN))
+        workers = children_of(agent.pid)
+        whom = case.generator.choice(["all", "worker", "agent"])
+        if agent.poll() is None:
+            case.score.kills += 1
+            if whom == "worker" and workers:
+                os.kill(case.generator.choice(workers), signal.SIGKILL)
+                agent.wait(120)
+            elif whom == "agent":
+                agent.kill()
+            else:
+                os.killpg(agent.pid, signal.SIGKILL)
+        agent.wait()
+        deadline = time.monotonic() + 20
+        while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = [worker for worker in workers if is_running(worker)]
+        if left:
+            case.fault(f"workers {left} have outlived torchrun ({whom} killed)")
+            os.killpg(agent.pid, signal.SIGKILL)
+            return
+        if agent.returncode not in (0, -signal.SIGKILL):
+            text = (case.scratch / f"{number}.txt").read_text()
+            case.fault(f"exit code {agent.returncode} ({whom} killed): {text[-500:]}")
+            return
+    case.finish()
+
+
+SECONDS_UNDER_TORCHRUN = 12  # most of it imports
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:
+        return []
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only waits for its parent to hear of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+KINDS = {
+    "signals": signalled,
+    "power_failures": powerless,
+    "damages": damaged,
+    "full_disks": on_a_full_disk,
+    "torchrun": under_torchrun,
+}
+
+
+def disturbances(
+    kind: str, count: int, cases: list[tuple[int, str]], folder: Path, seed: int, flags: list[str]
+) -> Score:
+    """So many runs of a kind, each compared with an undisturbed one."""
+    generator = random.Random(seed)
+    score = Score()
+    data = write_bytes_data(folder / "data")
+    calm = {}
+    if kind == "full_disks":  # a real command
+        cases = [case for case in cases if case[0] == 1]
+    for number in range(count):
+        world_size, optimizer = cases[number % len(cases)]
+        args = ["--data", data, *flags, "--optimizer", optimizer]
+        undisturbed = folder / f"calm-{world_size}-{optimizer}"
+        if undisturbed not in calm:
+            calm[undisturbed] = calm_run(world_size, args, undisturbed)
+        expected, seconds = calm[undisturbed]
+        run = folder / f"{kind}-{number}-{optimizer}-on-{world_size}"
+        score.runs += 1
+        KINDS[kind](Case(world_size, args, run, undisturbed, seconds, generator, score))
+        # A stop saves at a step where an undisturbed run does not.
+        compare(expected, run, score, with_saves=kind != "signals")
+        if score.faults:
+            break
+    return score
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=25)
+    for kind in ("kills", "schedules", *KINDS):
+        parser.add_argument(f"--{kind.replace('_', '-')}", type=int, default=0)
     parser.add_argument("--ranks", default="1,2,3,4", help="world sizes, with commas")
-    parser.add_argument("--schedules", type=int, default=0, help="this many, in place of the kills")
     parser.add_argument("--seed", type=int, default=None, help="a random one where it is missing")
     parser.add_argument("--flags", default="", help="further flags of train_gpt2.py")
     options = parser.parse_args()
     seed = random.randrange(2**32) if options.seed is None else options.seed
     flags = [*FLAGS.split(), *options.flags.split()]
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        if options.schedules:
-            score = schedules(options.schedules, Path(folder), seed, flags)
-        else:
-            world_sizes = [int(number) for number in options.ranks.split(",")]
-            cases = list(itertools.product(world_sizes, OPTIMIZERS))
-            score = campaign(options.kills, cases, Path(folder), seed, flags)
-    if score.in_saves < LEAST_SHARE_IN_SAVES * score.kills:
-        score.faults.append("too few kills inside saves")
-    print(f"seed {seed}: {score}; {time.monotonic() - began:.0f} s")
-    for fault in score.faults:
-        print(fault)
-    return 1 if score.faults else 0
+    world_sizes = [int(number) for number in options.ranks.split(",")]
+    cases = list(itertools.product(world_sizes, OPTIMIZERS))
+    failed = False
+    for kind in ("kills", "schedules", *KINDS):
+        count = getattr(options, kind)
+        if not count:
+            continue
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            if kind == "kills":
+                score = campaign(count, cases, Path(folder), seed, flags)
+            elif kind == "schedules":
+                score = schedules(count, Path(folder), seed, flags)
+            else:
+                score = disturbances(kind, count, cases, Path(folder), seed, flags)
+        if kind in ("kills", "schedules") and score.in_saves < LEAST_SHARE_IN_SAVES * score.kills:
+            score.faults.append("too few kills inside saves")
+        print(f"{kind}, seed {seed}: {score}; {time.monotonic() - began:.0f} s", flush=True)
+        for fault in score.faults:
+            print(fault)
+        failed = failed or bool(score.faults)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

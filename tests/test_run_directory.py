@@ -17,9 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tools import tiny_model
 
-import model as model_module
 from model import GPT
-from support import files, run_directory
+from support import files, huggingface, run_directory
 from support.run_directory import Checkpoint, RunDirectory, fault_of, newest_valid
 from support.script import UserError, exit_code_and_message
 from tokens import get_encoding
@@ -154,7 +153,7 @@ CALLS = (
     (os, "chmod"),
     (os, "unlink"),
     (os, "rmdir"),
-    (model_module, "save_file"),
+    (huggingface, "save_file"),
     (run_directory, "save_file"),
     (run_directory, "open"),
     (files, "open"),
