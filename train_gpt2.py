@@ -51,6 +51,7 @@ import fineweb
 import hellaswag
 from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
+from sample import load_model as load_model_of
 from sample import sample_text
 from support import run_directory, script
 from support.files import plain_name, read_bytes, read_json, same_folder, write_file
@@ -1173,7 +1174,7 @@ def build_optimizer(model: GPT, config: TrainConfig, ranks: Ranks = ALONE) -> Op
 
 def read_model(config: TrainConfig, data: TokenData, rt: Runtime, name: str) -> GPT:
     """The model that `name` stands for. Raises UserError unless it fits flags and data."""
-    model, encoding, picked = run_directory.load_model(name, rt.say, config.dropout)
+    model, encoding, picked = load_model_of(name, config.dropout)
     rt.say(f"weights        {picked}")
     for field in ("n_layer", "n_head", "n_embd"):
         if getattr(config, field) != getattr(model.config, field):

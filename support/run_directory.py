@@ -55,7 +55,8 @@ from support.files import (
 )
 from support.huggingface import TRANSPOSED, read_config, save_model, save_tokenizer
 from support.ranks import Ranks
-from support.script import Stopped, UserError, require, say
+from support.script import Stopped, UserError, require, say, shown
+from support.shards import ENCODINGS
 
 SCHEMA = 2  # of state.json; another one is refused
 WEIGHTS = "model.safetensors"
@@ -710,9 +711,18 @@ def resolve_model(
     return str(place)
 
 
-def describe(name: str) -> dict:
-    """config.json of the model that `name` stands for; its weights are not read."""
-    return read_config(resolve_model(name, lambda line: None, ("config.json",)))
+def describe_model(name: str) -> tuple[SimpleNamespace, str]:
+    """Sizes and encoding of the model that `name` stands for; its weights are not read."""
+    picked = resolve_model(name, lambda line: None, ("config.json",))
+    config = read_config(picked)
+    names = {size: name for name, size in ENCODINGS.items()}
+    encoding = config.get("encoding", names.get(config["vocab_size"]))
+    require(
+        encoding in ENCODINGS,
+        f"{picked}: {config['vocab_size']:,} tokens, encoding {shown(str(encoding))}; expected one "
+        f"of {', '.join(ENCODINGS)}; use a model that reads one of them",
+    )
+    return SimpleNamespace(**config), encoding
 
 
 def checkpoint_to_load(run: Path, names: Iterable[str], warn: Callable[[str], None]) -> Path:
@@ -850,44 +860,3 @@ def hash_of_code() -> str:
     for file in sorted([*root.glob("*.py"), *root.glob("support/*.py")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-# --------------------------------------------- until model.py and tokens.py have taken these over
-
-
-def load_model(name: str | None, warn: Callable[[str], None] = print, dropout: float = 0.0):
-    from model import GPT
-
-    picked = resolve_model(name, warn)
-    model = GPT.from_pretrained(picked, dropout)
-    return model, encoding_of(model.config, picked), picked
-
-
-def describe_model(name: str):
-    from model import GPTConfig
-    from support.network import sizes_of
-
-    picked = resolve_model(name, lambda line: None, ("config.json",))
-    config = sizes_of(read_config(picked), GPTConfig, picked)
-    return config, encoding_of(config, picked).name
-
-
-def encoding_of(config, picked: str) -> tiktoken.Encoding:
-    """The encoding that a model reads: named by its config.json, else known by its vocabulary."""
-    from support.shards import ENCODINGS
-    from tokens import encoding_of
-
-    file = Path(picked, "config.json")
-    name = None
-    if file.is_file():
-        name = read_json(file, {"encoding?": (str, type(None))}).get("encoding")
-    if name is not None and name not in ENCODINGS:
-        raise UserError(
-            f"{file}: encoding {name[:80]!r}; expected one of {', '.join(ENCODINGS)}; use a model "
-            "that reads one of them"
-        )
-    return encoding_of(SimpleNamespace(config=config, encoding_name=name), picked)
-
-
-def is_regular(file: Path) -> bool:
-    return file.is_file() and not file.is_symlink()

@@ -36,6 +36,7 @@ from transformers import GPT2LMHeadModel
 import hellaswag
 import train_gpt2
 from model import GPT, NextTokenLoss
+from sample import load_model
 from support import run_directory, script
 from support.files import locked
 from support.plan import flops_per_token
@@ -680,7 +681,7 @@ def test_best_checkpoint_is_kept_and_preferred(data, in_tmp, monkeypatch):
     flags = ("--keep-best", "--keep", 1, "--eval-every", 2, "--save-every", 2, "--out", "r")
     assert train("--data", data, *TINY, *flags) == 0
     assert saved_steps(Path("r")) == [8, 20]
-    assert run_directory.load_model("r")[2].endswith("step_000008")
+    assert load_model("r")[2].endswith("step_000008")
 
 
 def test_a_validation_of_nan_is_never_the_best(data, in_tmp, monkeypatch):

@@ -161,7 +161,7 @@ metric_list: [{{metric: bits_per_byte}}]
 
 def test_a_run_directory_is_a_name_for_from_pretrained_as_for_model(finished):
     one = GPT.from_pretrained(finished)
-    other, _, picked = run_directory.load_model(str(finished))
+    other, _, picked = sample.load_model(str(finished))
     assert picked == str(finished / "step_000002")
     assert all(map(torch.equal, one.parameters(), other.parameters()))
 
