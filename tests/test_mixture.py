@@ -49,6 +49,7 @@ def samples(mixture, first, count, seed=0):
 # -------------------------------------------------------------------------------------- proportions
 
 
+@settings(max_examples=40)
 @given(weights=weights)
 def test_at_every_length_each_corpus_is_within_one_sample_of_its_share(weights):
     one = pattern(weights)
@@ -59,6 +60,7 @@ def test_at_every_length_each_corpus_is_within_one_sample_of_its_share(weights):
     assert np.abs(so_far - share).max() < 1
 
 
+@settings(max_examples=40)
 @given(weights=weights)
 def test_the_shares_are_the_weights(weights):
     one = pattern(weights)
@@ -88,7 +90,7 @@ def test_a_weight_too_small_to_count_is_refused():
         pattern([1, 0.0001])
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(weights=weights, length=st.integers(0, 5000))
 def test_the_counts_are_those_of_the_samples(weights, length):
     mixture = mix([100] * len(weights), weights)
@@ -107,7 +109,7 @@ def test_the_pattern_is_pinned():
 # -------------------------------------------------------------------------------- which windows
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     data=st.data(),
@@ -122,7 +124,7 @@ def test_no_window_comes_twice_within_an_epoch_of_its_corpus(sizes, data, seed):
             assert sorted(own[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(weights=weights, seed=st.integers(0, 2**63))
 def test_each_corpus_is_in_the_order_in_which_it_would_be_alone(weights, seed):
     mixture = mix([37] * len(weights), weights)
@@ -132,7 +134,7 @@ def test_each_corpus_is_in_the_order_in_which_it_would_be_alone(weights, seed):
         assert np.array_equal(own, training_windows(0, len(own), 37, seed))
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(
     weights=weights,
     first=st.integers(0, 10**9),
@@ -149,6 +151,7 @@ def test_ranks_and_steps_only_slice_the_single_stream(weights, first, batch, wor
     assert np.array_equal(np.concatenate(parts), stream)
 
 
+@settings(max_examples=25)
 @given(first=st.integers(0, 10**9), size=st.integers(1, 999), seed=st.integers(0, 2**63))
 def test_one_corpus_is_read_as_without_a_mixture(first, size, seed):
     mixture = mix([size], [0.3])
