@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tools import ROOT, tiny_model, torchrun
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, NextTokenLoss
 from support.optimizer import (
+    Matrix,
     MuonAndAdamW,
     Optimizer,
     load_optimizer_tensors,
@@ -20,6 +22,7 @@ from support.optimizer import (
     orthogonalize,
     set_learning_rate,
     share,
+    work_of,
 )
 from support.ranks import ALONE, Ranks
 from support.script import UserError
@@ -172,6 +175,14 @@ def test_each_rank_makes_half_of_each_steps_updates(monkeypatch):
     monkeypatch.setattr("support.optimizer.orthogonalize", lambda x: made.append(x.shape) or x)
     trained_by_muon(Ranks(1, 2))
     assert [tuple(shape) for shape in made] == 3 * [(4, 32, 32), (4, 32, 32), (4, 32, 128)]
+
+
+def test_work_is_counted_as_torch_counts_it():
+    weights = torch.nn.Parameter(torch.randn(4, 16, 32))
+    batch = [Matrix(part, part, {}) for part in weights]
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.stack([matrix.wide_direction for matrix in batch]))
+    assert work_of(batch) == counter.get_total_flops()
 
 
 def test_work_is_shared_evenly():
