@@ -30,8 +30,3 @@ if "TIKTOKEN_CACHE_DIR" not in os.environ:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def gpt2_vocabulary():
-    """Nothing: the vocabulary is always there. For test files that still name it."""

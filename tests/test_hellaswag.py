@@ -116,7 +116,7 @@ def test_completion_style_is_the_plain_scorer(block_size):
     )
 
 
-def test_completion_style_on_real_items(gpt2_vocabulary):
+def test_completion_style_on_real_items():
     file = SHARED / "data" / "hellaswag_val_sample.jsonl"
     items = load_items(file)[::20] if file.exists() else make_items(50)
     model = tiny(vocab_size=50257)
@@ -129,7 +129,7 @@ def test_completion_style_on_real_items(gpt2_vocabulary):
 
 
 @pytest.mark.parametrize("block_size", [1024, 48])
-def test_harness_style_is_lm_evaluation_harness(tmp_path, gpt2_vocabulary, block_size):
+def test_harness_style_is_lm_evaluation_harness(tmp_path, block_size):
     pytest.importorskip("lm_eval", reason="needs lm-eval[hf]")
     pytest.importorskip("accelerate", reason="needs lm-eval[hf]")
     from lm_eval.api.task import ConfigurableTask

@@ -190,9 +190,7 @@ def saying(monkeypatch, ids: list[int], vocab_size: int) -> GPT:
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_streamed_text_is_the_text_and_never_cuts_a_character(monkeypatch, request, name):
-    if name == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
+def test_streamed_text_is_the_text_and_never_cuts_a_character(monkeypatch, name):
     encoding = get_encoding(name)
     text = "naïve 日本語 🦜🌍 end"
     ids = [*encoding.encode_ordinary(text), encoding.eot_token, *encoding.encode_ordinary("unseen")]
