@@ -33,13 +33,14 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import sysconfig
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tiktoken
@@ -111,8 +112,9 @@ class PrepareConfig:
 
     # The hub's dataset to read.
     dataset: str = FINEWEB_EDU
-    # The dataset's configuration, for example sample-100BT. '' means the dataset's default one.
-    name: str = FINEWEB_EDU_SAMPLE
+    # The dataset's configuration. '' means sample-10BT of FineWeb-Edu, and of any other dataset its
+    # default one.
+    name: str = ""
     # The dataset's split to read.
     split: str = "train"
     # Branch, tag or commit of the dataset. The manifest also records the commit it stands for.
@@ -168,10 +170,16 @@ class PrepareConfig:
         return name.strip("-.") or "corpus"
 
     @property
+    def configuration(self) -> str:
+        """--name, or what '' stands for."""
+        is_fineweb_edu = self.dataset == FINEWEB_EDU
+        return self.name or (FINEWEB_EDU_SAMPLE if is_fineweb_edu else "")
+
+    @property
     def source_name(self) -> str:
         """How messages name the source."""
         if not self.input:
-            return f"--dataset {self.dataset} --name {self.name!r}"
+            return f"--dataset {self.dataset} --name {self.configuration!r}"
         more = " …" if len(self.input) > 3 else ""
         return " ".join(self.input[:3]) + more
 
@@ -180,7 +188,8 @@ class PrepareConfig:
         """The output directory."""
         if self.out:
             return Path(self.out)
-        if not self.input and (self.dataset, self.name) == (FINEWEB_EDU, FINEWEB_EDU_SAMPLE):
+        default = (FINEWEB_EDU, FINEWEB_EDU_SAMPLE)
+        if not self.input and (self.dataset, self.configuration) == default:
             return Path(FINEWEB_EDU_FOLDER)
         return Path("data") / self.corpus
 
@@ -188,70 +197,67 @@ class PrepareConfig:
 # ------------------------------------------------------------------------------------------- batch
 
 
-class Batch(NamedTuple):
-    """Documents that are encoded together, and those that were skipped between them.
+@dataclass(frozen=True)
+class Batch:
+    """Rows whose documents are encoded together."""
 
-    places: of the documents. position: in the files, after the batch. fraction: how much of the
-    corpus has been read then.
-    """
+    rows: list[Row]
 
-    documents: list[str]
-    places: list[str]
-    skipped: list[Unusable]
-    position: dict[str, int]
-    fraction: float
+    @property
+    def documents(self) -> list[str]:
+        return [row.document for row in self.rows if isinstance(row.document, str)]
+
+    @property
+    def places(self) -> list[str]:
+        """Of the documents."""
+        return [row.place for row in self.rows if isinstance(row.document, str)]
+
+    @property
+    def skipped(self) -> list[Unusable]:
+        return [row.document for row in self.rows if isinstance(row.document, Unusable)]
 
     @property
     def characters(self) -> int:
-        return sum(map(weight, self.documents)) + 100 * len(self.skipped)
+        return sum(map(weight, self.rows))
 
 
-def weight(document: str | Unusable) -> int:
+def weight(row: Row) -> int:
     """The length of a text, and 100, so that empty ones fill a batch too."""
-    return 100 + len(document) if isinstance(document, str) else 100
+    return 100 + (len(row.document) if isinstance(row.document, str) else 0)
 
 
 def in_batches(rows: Iterable[Row]) -> Iterator[Batch]:
     """Rows in batches of about BATCH_CHARACTERS."""
-    batch = None
+    batch = []
     characters = 0
     for row in rows:
-        batch = batch or Batch([], [], [], {}, 0)
-        if isinstance(row.document, str):
-            batch.documents.append(row.document)
-            batch.places.append(row.place)
-        else:
-            batch.skipped.append(row.document)
-        batch = batch._replace(position=row.position, fraction=row.fraction)
-        characters += weight(row.document)
+        batch.append(row)
+        characters += weight(row)
         if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch = None
+            yield Batch(batch)
+            batch = []
             characters = 0
     if batch:
-        yield batch
+        yield Batch(batch)
 
 
-def batches_of(
+def hub_batches(
     config: PrepareConfig, files: list[File], position: dict | None, say: Callable
 ) -> Iterator[Batch]:
-    """Batches of the files from a position on. On the hub they are opened again where a connection
-    failed, after the last batch.
-    """
+    """Batches of files on the hub, opened again after the last batch where a connection failed."""
     batches = None
 
     def next_batch() -> Batch | None:
         nonlocal batches
         if batches is None:
-            rows = read_files(files, config.text_column, config.split_on, position)
-            batches = in_batches(rows)
+            batches = in_batches(read_files(files, config.text_column, config.split_on, position))
         current, batches = batches, None  # a generator that raises has ended and is of no more use
         batch = next(current, None)
         batches = current
         return batch
 
-    while batch := next_batch() if config.input else ask_hub(config.source_name, next_batch, say):
-        position = batch.position
+    while batch := ask_hub(config.source_name, next_batch, say):
+        position = batch.rows[-1].position
         yield batch
 
 
@@ -350,7 +356,8 @@ class Position:
         places = self.places + [document.place for document in batch.skipped]
         longest = max([self.longest, *map(len, batch.documents)])
         documents = self.documents + num_documents
-        return Position(batch.position, 0, documents, dict(skipped), longest, places[:5])
+        after = batch.rows[-1].position
+        return Position(after, 0, documents, dict(skipped), longest, places[:5])
 
 
 class Writer:
@@ -579,7 +586,7 @@ def prepare_files(
         if config.pretokenized:
             wanted = wanted_shards(config, dataset, info)
         else:
-            files = dataset_files(dataset, config.name, config.split, info.sha, say)
+            files = dataset_files(dataset, config.configuration, config.split, info.sha, say)
     with locked(folder):
         # Another process may have finished it before the lock was ours.
         if is_prepared(folder, settings, say):
@@ -605,7 +612,7 @@ def describe_source(config: PrepareConfig, files: list[File], contents: str) -> 
         return {"dataset": PRETOKENIZED if is_default else config.dataset}
     return {
         "dataset": config.dataset,
-        "name": config.name,
+        "name": config.configuration,
         "split": config.split,
         "text_column": config.text_column,
     }
@@ -651,7 +658,11 @@ def write_corpus(
         say(f"going on after shard {len(writer.shards) - 1} and {position.documents:,} documents")
     workers = config.workers or num_cores()
     limit = config.max_tokens or 2**63
-    batches = batches_of(config, files, position.source, say)
+    if config.input:
+        rows = read_files(files, config.text_column, config.split_on, position.source)
+        batches = in_batches(rows)
+    else:
+        batches = hub_batches(config, files, position.source, say)
     pool = ThreadPoolExecutor(workers)
     try:
         with Progress("token", initial=writer.num_tokens, say=say) as progress:
@@ -666,7 +677,7 @@ def write_corpus(
                 writer.add(batch_tokens, batch.places[:num_documents], position)
                 position = position.after(batch, num_documents)
                 check_skipped(config, position)
-                fraction = max(batch.fraction, writer.num_tokens / limit)
+                fraction = max(batch.rows[-1].fraction, writer.num_tokens / limit)
                 total = writer.num_tokens / fraction if fraction else None
                 shard = len(writer.shards)
                 progress.update(writer.num_tokens, lambda n=shard: f"shard {n}", total)
@@ -883,6 +894,8 @@ def prepare_first_run(say: Callable = script.say) -> Path:
 
 def main() -> None:
     description = "Prepare token shards from a hub dataset, local files or ready-made shards."
+    times = sys.argv.count("--input")
+    require(times < 2, f"--input {times} times; expected once; give all paths after it")
     config = parse_flags(PrepareConfig, PrepareConfig(), description)
     if config.verify:
         num_tokens = verify(Path(config.verify))

@@ -708,7 +708,7 @@ def dataset_files(dataset: str, name: str, split: str, commit: str, say: Callabl
     """The files of a split, as `datasets` finds them by their names or by the README."""
     import datasets
 
-    what = f"{dataset} --name {name!r}"
+    what = f"--dataset {dataset} --name {name!r}"
     builder = ask_hub(
         what, lambda: datasets.load_dataset_builder(dataset, name or None, revision=commit), say
     )

@@ -2,7 +2,7 @@
 
 Commands run in processes of their own, forked from one that has imported everything, because
 importing takes longer than the work. The hub's real clients talk to a stand-in on localhost.
-KILLS=30 kills 30 times instead of five.
+KILLS=30 kills 30 times instead of five, and disturbs each format of the hub in more ways.
 """
 
 import dataclasses
@@ -170,7 +170,8 @@ def test_batches_are_read_only_as_far_ahead_as_allowed():
     def endless():
         nonlocal characters_read
         while True:
-            batch = fineweb.Batch(["a" * 900], ["a.txt"], [], {}, 0.0)
+            row = fineweb.Row("a" * 900, "a.txt", {}, 0.0)
+            batch = fineweb.Batch([row])
             characters_read += batch.characters
             yield batch
 
@@ -280,14 +281,15 @@ def test_a_text_encoded_in_parts_has_the_tokens_of_the_whole(pieces):
 def command(flags: list[str], output: Path, how: dict) -> None:
     """fineweb.py's command line, in a process of its own, in small pieces.
 
-    how: patient: wait between attempts. stop: (signal, shards): send it to oneself in the middle of
-    what follows that many shards. forget: a negative control, in which a resumed preparation has
-    forgotten its position in the files.
+    how: patient: wait between attempts. client_seconds: MOST_CLIENT_SECONDS. stop: (signal,
+    shards): send it to oneself in the middle of what follows that many shards. forget: a negative
+    control, in which a resumed preparation has forgotten its position in the files.
     """
     sys.argv = ["fineweb.py", *flags]
     sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
     fineweb.BATCH_CHARACTERS = how.get("batch", 5000)
     support_documents.CHUNK_BYTES = support_documents.HUB_BLOCK_BYTES = how.get("chunk", 2**22)
+    support_documents.MOST_CLIENT_SECONDS = how.get("client_seconds", 60)
     if not how.get("patient"):
         time.sleep = lambda seconds: None
     if "stop" in how:
@@ -536,43 +538,44 @@ def on_hub(hub, run, tmp_path_factory):
     return prepare_once
 
 
-def disturb(hub, run, flags, out, disturbance: str, times: int, after: int, **how) -> None:
-    """Prepare it with as many disturbances, each in another place, up to the end."""
+def disturb(hub, run, flags, out, disturbances: list[str], after: int = 0, **how) -> None:
+    """Prepare it with disturbances, each in another place, up to the end."""
     signals = {"kill -9": signal.SIGKILL, "Ctrl-C": signal.SIGINT}
-    how["chunk"] = 4000
-    for number in range(times):
+    for number, disturbance in enumerate(disturbances):
         if disturbance in signals:
             stop = (signals[disturbance], 2 + 5 * number)
-            code, lines = run(*flags, "--out", out, stop=stop, **how)
+            code, lines = run(*flags, "--out", out, stop=stop, chunk=4000, **how)
         else:
             # More than the client's own attempts, 6 a request, and ours, of which there are 4.
             hub.fault = fails(503 if disturbance == "503s" else 0, 24, f"/{number}.", after)
-            code, lines = run(*flags, "--out", out, **how)
+            code, lines = run(*flags, "--out", out, chunk=4000, **how)
             hub.fault = lambda handler, path: False
         assert code != 0, f"disturbance {number} has disturbed nothing: {lines}"
-    code, lines = run(*flags, "--out", out, **how)
+    code, lines = run(*flags, "--out", out, chunk=4000, **how)
     assert code == 0, lines
 
 
-DISTURBANCES = ["kill -9", "Ctrl-C", "503s", "broken connection"]
+DISTURBANCES = [["kill -9", "503s", "broken connection", "Ctrl-C"]]
+if "KILLS" in os.environ:
+    DISTURBANCES += [3 * [disturbance] for disturbance in DISTURBANCES[0]]
 
 
-@pytest.mark.parametrize("disturbance", DISTURBANCES)
+@pytest.mark.parametrize("disturbances", DISTURBANCES, ids=", ".join)
 @pytest.mark.parametrize("kind", HUB_FORMATS)
 def test_every_format_of_the_hub_resumes_byte_for_byte(
-    hub, run, on_hub, tmp_path, kind, disturbance
+    hub, run, on_hub, tmp_path, kind, disturbances
 ):
-    """After three disturbances, one after the other."""
+    """After disturbances one after the other; with KILLS, after three of each as well."""
     flags, whole = on_hub(kind)
-    disturb(hub, run, flags, tmp_path / "o", disturbance, 3, HUB_FORMATS[kind])
+    disturb(hub, run, flags, tmp_path / "o", disturbances, HUB_FORMATS[kind])
     assert contents(tmp_path / "o") == whole
 
 
 @pytest.mark.parametrize("kind", HUB_FORMATS)
 def test_a_position_that_were_forgotten_would_be_seen(hub, run, on_hub, tmp_path, kind):
-    """The negative control: the same kill without the position in the files."""
+    """The negative control: a kill without the position in the files."""
     flags, whole = on_hub(kind)
-    disturb(hub, run, flags, tmp_path / "o", "kill -9", 1, 0, forget=True)
+    disturb(hub, run, flags, tmp_path / "o", ["kill -9"], forget=True)
     assert contents(tmp_path / "o") != whole
 
 
@@ -642,9 +645,9 @@ def test_a_silent_server_is_not_waited_for_for_ever(hub, run, edu, tmp_path, sil
 
     hub.fault = silence
     began = time.monotonic()
-    code, lines = run(*edu, "--out", tmp_path / "o")
+    code, lines = run(*edu, "--out", tmp_path / "o", client_seconds=3)
     assert code == 2 and "someone/edu" in lines[-1]
-    assert time.monotonic() - began < 60  # with timeouts of a second, and no waiting in between
+    assert time.monotonic() - began < 30  # six timeouts of a second, and no waiting in between
     hub.fault = lambda handler, path: False
 
 
@@ -933,6 +936,12 @@ def test_the_printed_command_can_be_pasted_whatever_the_directory(tmp_path, monk
     fineweb.main()
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on it: ")
     assert shlex.split(command) == ["python", "train_gpt2.py", "--data", arguments[-1]]
+
+
+def test_an_input_that_is_given_twice_is_not_half_forgotten(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["fineweb.py", "--input", "a.txt", "--input", "b.txt"])
+    with pytest.raises(UserError, match="--input 2 times"):
+        fineweb.main()
 
 
 def test_prepared_data_are_accepted_without_writing_anything(tmp_path, monkeypatch):
