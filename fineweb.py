@@ -343,7 +343,7 @@ class Position:
     documents: int = 0  # usable documents before the current batch
     skipped: dict[str, int] = field(default_factory=dict)  # unusable ones, by reason
     longest: int = 0  # characters of the longest document before the current batch
-    places: list[str] = field(default_factory=list)  # of the first unusable ones
+    places: list[str] = field(default_factory=list)  # of the first unusable one in a file
 
     @property
     def num_skipped(self) -> int:
@@ -353,11 +353,15 @@ class Position:
         """The position after a batch, of which so many documents were used."""
         skipped = Counter(self.skipped)
         skipped.update(document.reason for document in batch.skipped)
-        places = self.places + [document.place for document in batch.skipped]
+        places = list(self.places)
+        for document in batch.skipped:
+            file = document.place.partition(",")[0]
+            if len(places) < 5 and not any(place.startswith(file) for place in places):
+                places.append(document.place)
         longest = max([self.longest, *map(len, batch.documents)])
         documents = self.documents + num_documents
         after = batch.rows[-1].position
-        return Position(after, 0, documents, dict(skipped), longest, places[:5])
+        return Position(after, 0, documents, dict(skipped), longest, places)
 
 
 class Writer:
@@ -721,7 +725,7 @@ def describe_left_out(left_out: Counter[str]) -> str:
 
 
 REMEDIES = {
-    NOT_UTF8.reason: "convert it, for example with iconv -f LATIN1 -t UTF-8 OLD > NEW",
+    NOT_UTF8.reason: "convert it, for example with iconv -f LATIN1 (or UTF-16) -t UTF-8 OLD > NEW",
     ENDLESS_RUN.reason: "leave it out, or break its lines",
     TOO_LONG.reason: "give --split-on what separates documents, or divide them; write a JSON array "
     "as JSON lines",

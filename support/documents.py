@@ -435,7 +435,9 @@ def parsed(content: bytes) -> Any:
 
 def text_of(value: Any, text_column: str) -> Any:
     """The text of a JSON value: the value itself, or one of its keys."""
-    return value.get(text_column) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return value[text_column] if text_column in value else without_column(list(value))
 
 
 def read_csv(stream: BinaryIO, text_column: str, delimiter: str, start: int) -> Documents:
@@ -456,12 +458,12 @@ def read_csv(stream: BinaryIO, text_column: str, delimiter: str, start: int) -> 
 
 
 def csv_text(row: dict[str, str], text_column: str) -> str | Unusable:
-    if text_column not in row:
-        return without_column(list(row))
-    text = row[text_column]
+    text = row.get(text_column, "")
     if len(text) > MOST_DOCUMENT_BYTES:
         return TOO_LONG
-    return NOT_UTF8 if re.search("[\udc80-\udcff]", text) else text
+    if re.search("[\udc80-\udcff]", text or "".join(row)):
+        return NOT_UTF8
+    return text if text_column in row else without_column(list(row))
 
 
 def read_parquet(stream: BinaryIO, text_column: str, start: int) -> Documents:
@@ -539,8 +541,7 @@ def fault_of_column(schema: Any, text_column: str) -> Unusable | None:
 
 
 def without_column(columns: list[str]) -> Unusable:
-    names = shown(", ".join(columns)) or "none"
-    return Unusable(MISSING.reason, f"its columns: {names}")
+    return Unusable(MISSING.reason, f"which has {shown(', '.join(columns)) or 'none'}")
 
 
 def values_of(column: Any) -> Iterator[str | None | Unusable]:

@@ -825,7 +825,7 @@ def test_a_column_that_no_row_has_is_refused_with_those_there_are(tmp_path, monk
         prepare(config, quiet)
     found = re.search("([0-9,]+) of .* documents cannot be used", str(error.value))
     assert int(found[1].replace(",", "")) < 4000  # the rest was not read
-    assert "its columns: title, body" in str(error.value) and "--text-column" in str(error.value)
+    assert "which has title, body" in str(error.value) and "--text-column" in str(error.value)
 
 
 def test_text_in_another_encoding_is_refused_with_its_line_and_the_command_that_converts(tmp_path):
