@@ -250,13 +250,16 @@ COMPILE_REPAID = 10_000  # new tokens; an estimate: 30 s once, a few ms saved a 
 newest_run = tyro.conf.arg(help_behavior_hint="(default: the newest run under runs/)")
 
 
+no_file = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: no file)")
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     # The model: a name on the hub (gpt2), a Hugging Face directory, a run or one of its steps.
     model: Annotated[str, newest_run] = ""
     prompt: str = ""  # How the text begins. An empty prompt begins a new document.
     # A file whose whole content is the prompt; - is standard input.
-    prompt_file: Path | None = None
+    prompt_file: Annotated[Path | None, no_file] = None
     interactive: bool = False  # Continue each line that is typed, until Ctrl-D.
     num_samples: Annotated[int, Range(1)] = 1  # How many texts to generate, as one batch.
     # The most tokens to generate. A text can end earlier by itself.

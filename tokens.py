@@ -127,6 +127,11 @@ class TokenData:
     val: TokenArray
     fingerprint: str
 
+    @property
+    def whole(self) -> TokenArray:
+        """Both splits, one behind the other."""
+        return TokenArray([*self.train.shards, *self.val.shards], self.train.vocab_size)
+
 
 def open_data(folder: str | os.PathLike) -> TokenData:
     """Open a directory of token files, ours or another program's. Nothing is written to it."""

@@ -35,15 +35,14 @@ from model import GPT, NextTokenLoss  # noqa: E402
 from support.optimizer import set_learning_rate  # noqa: E402
 from support.runtime import Runtime, start  # noqa: E402
 from support.script import UserError, parse_flags, run_script, say  # noqa: E402
-from tokens import TokenData, get_encoding, token_bytes  # noqa: E402
+from tokens import Mixture, get_encoding, token_bytes  # noqa: E402
 from train_gpt2 import (  # noqa: E402
     RECIPES,
     TrainConfig,
-    build_model,
     build_optimizer,
     evaluate,
     learning_rate,
-    prepare_data,
+    load_data,
     step_batch,
     train_step,
 )
@@ -288,8 +287,9 @@ class Training:
         self.config = config
         self.rt = rt
         prepare_corpus(config.data)
-        self.data: TokenData = prepare_data(config, rt)
-        self.model: GPT = build_model(config, self.data, rt, None)
+        self.data: Mixture = load_data(config, rt)
+        torch.manual_seed(config.seed)
+        self.model = GPT(config.shape(self.data.encoding)).to(rt.device)
         self.loss_fn = NextTokenLoss(self.model)
         if config.compile:
             self.loss_fn = rt.compile(self.loss_fn, config.seq_len)
@@ -300,15 +300,15 @@ class Training:
     def clock(self) -> float:
         """Processor seconds, which other work does not change; on a GPU the clock."""
         if self.rt.device.type == "cuda":
-            return time.perf_counter()  # train_step has waited for the loss
+            return time.perf_counter()  # `advance` has waited for the loss
         return time.process_time()
 
     def advance(self) -> None:
         """One update."""
         began = self.clock()
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config))
-        batch = step_batch(self.data.train, self.config, self.step, 0, 1)
-        train_step(self.loss_fn, self.optimizer, batch, self.config, self.rt)
+        batch = step_batch(self.data, self.config, self.step * self.config.sequences_per_step, 0, 1)
+        train_step(self.loss_fn, self.optimizer, batch, self.config, self.rt)["loss"].item()
         self.step += 1
         self.seconds += self.clock() - began
 
@@ -316,7 +316,8 @@ class Training:
         """Nats per token over the first `eval_tokens` tokens of the validation split."""
         config = replace(self.config, eval_tokens=eval_tokens)
         size = token_bytes(get_encoding(self.data.encoding))
-        return evaluate(self.model, self.data.val, config, self.rt, size)["val_loss"]
+        (corpus,) = self.data.corpora.values()
+        return evaluate(self.model, corpus.val, config, self.rt, size)["val_loss"]
 
 
 def run_trial(trial: Trial, rt: Runtime, points: int, val_tokens: float) -> dict:

@@ -54,7 +54,7 @@ def train_ours(work: Work, compiled: bool, micro_batch: int) -> Ready:
         windows = windows.pin_memory()
 
     def step() -> float:
-        loss, _ = train_step(loss_fn, optimizer, windows, config, rt)
+        loss = train_step(loss_fn, optimizer, windows, config, rt)["loss"].item()
         return loss
 
     return first_loss_and_step(exact, step, work.steps)

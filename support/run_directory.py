@@ -141,6 +141,7 @@ class RunDirectory:
         self.last_saved: int | None = None
         self.logged: frozenset[str] = frozenset()  # events of `step` that are done already
         self._lock = contextlib.ExitStack()
+        self._is_new = False  # whether this process has made the directory
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._commit: Future | None = None  # the checkpoint that is being written
         self._log_error: OSError | None = None  # why a line of the log could not be written
@@ -152,6 +153,8 @@ class RunDirectory:
         if isinstance(error, Stopped) and error.at_once:
             return  # the process is about to end, and with it the writer and the lock
         self._writer.shutdown()
+        if self._is_new:
+            remove_if_empty(self.folder)
         self._lock.close()
 
     # Beginning, on rank 0: `claim`, then `begin` or `load_newest`. On all ranks: `continue_from`.
@@ -161,6 +164,7 @@ class RunDirectory:
 
         may_hold_run: whether a run that is there already is welcome, or refused with a UserError.
         """
+        self._is_new = not self.folder.exists()
         self._lock.enter_context(locked(self.folder))
         if not may_hold_run and (is_run(self.folder) or step_directories(self.folder)):
             self._lock.close()
@@ -439,6 +443,12 @@ def prune(run: Path, keep: int, spare: Iterable[int] = ()) -> None:
             remove(folder)
         except OSError as error:
             say(f"warning: {error.filename}: not removed ({error.strerror}); training goes on")
+
+
+def remove_if_empty(run: Path) -> None:
+    """Remove a directory in which no run has begun, as by a start that found no data."""
+    if set(os.listdir(run)) <= {".lock", ".lock-holder"}:
+        remove(run)
 
 
 def set_aside(folder: Path) -> None:

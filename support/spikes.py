@@ -7,6 +7,8 @@ there before the update is made, and it is the same number on every rank, so tha
 
 import math
 
+from torch import Tensor
+
 
 class SpikeGuard:
     """Tells a loss that jumps from one that wavers.
@@ -30,13 +32,21 @@ class SpikeGuard:
         self.left_out = 0  # updates, in all of the run
         self.z = 0.0
 
-    def leave_out(self, loss: float) -> bool:
-        """Take note of a step's loss; returns whether its update is to be left out."""
+    def note(self, loss: float) -> None:
+        """Take note of a step's loss, each step once."""
         self.z = self._z_of(loss)
         self.losses = [*self.losses, loss][-self.WINDOW :]
-        leave_out = self.skips and self.sees_spike
-        self.left_out += leave_out
-        return leave_out
+
+    def leaves_out(self, loss: Tensor) -> bool:
+        """Whether the update of this loss is to be left out; without `skips` never.
+
+        It notes the loss, and for that the host waits until a GPU has computed it.
+        """
+        if not self.skips:
+            return False
+        self.note(float(loss))
+        self.left_out += self.sees_spike
+        return self.sees_spike
 
     @property
     def sees_spike(self) -> bool:

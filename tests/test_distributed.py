@@ -121,7 +121,8 @@ def print_how_gradients_differ() -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         passes = []
         for _ in range(2):
-            train_gpt2.backward(loss_fn, batch, config, rt, 0)
+            for windows in batch.split(config.micro_batch):
+                train_gpt2.micro_batch_loss(loss_fn, windows, config, rt, 0).backward()
             passes.append([p.grad.clone() for p in parameters])
             optimizer.zero_grad(set_to_none=False)
         different = sum(int((a != b).sum()) for a, b in zip(*passes, strict=True))
@@ -205,9 +206,10 @@ def put_a_spike_into_step_4() -> None:
     """On every rank; two losses are enough to judge it by."""
     real = train_gpt2.step_batch
 
-    def with_a_foreign_batch(data, config, step, *ranks):
-        batch = real(data, config, step, *ranks)
-        return torch.full_like(batch, 200) if step == 3 else batch
+    def with_a_foreign_batch(data, config, first_sample, *ranks):
+        batch = real(data, config, first_sample, *ranks)
+        is_foreign = first_sample == 3 * config.sequences_per_step
+        return torch.full_like(batch, 200) if is_foreign else batch
 
     train_gpt2.step_batch = with_a_foreign_batch
     SpikeGuard.WINDOW = SpikeGuard.LEAST = 2
@@ -239,14 +241,14 @@ def flip_a_bit_of_the_moments() -> None:
 
 def flip_a_bit(tensor_of) -> None:
     """In the memory of rank 1, right before step 4 is saved."""
-    real = train_gpt2.save
+    real = train_gpt2.EVENTS["save"]
 
     def flip_and_save(step, training):
         if step == 4 and training.rt.rank == 1:
             tensor_of(training).detach().view(torch.int32).view(-1)[5] ^= 1
         real(step, training)
 
-    train_gpt2.save = flip_and_save
+    train_gpt2.EVENTS["save"] = flip_and_save
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from chaos import differences, final_state, hold_up_the_commit, run_ranks, start
 from tools import start_script, write_bytes_data
 
 import train_gpt2
-from support import run_directory
+from support import optimizer, run_directory
 from support.run_directory import RunDirectory
 from support.spikes import SpikeGuard
 
@@ -209,26 +209,28 @@ def forget_momentum() -> None:
 
 
 def forget_weights() -> None:
-    real = train_gpt2.build_model
-    train_gpt2.build_model = lambda config, data, rt, checkpoint: real(config, data, rt, None)
+    real = train_gpt2.load_weights
+    train_gpt2.load_weights = lambda model, checkpoint, *rest: real(model, None, *rest)
 
 
 def forget_the_steps_of_adamw() -> None:
-    real = train_gpt2.load_optimizer_tensors
-    train_gpt2.load_optimizer_tensors = lambda model, optimizer, tensors, step: real(
-        model, optimizer, tensors, 0
+    real = optimizer.load_optimizer_tensors
+    optimizer.load_optimizer_tensors = lambda model, optim, tensors, step: real(
+        model, optim, tensors, 0
     )
 
 
 def begin_data_anew() -> None:
     real = train_gpt2.step_batch
-    train_gpt2.step_batch = lambda data, config, step, *ranks: real(data, config, step - 6, *ranks)
+    train_gpt2.step_batch = lambda data, config, sample, *ranks: real(
+        data, config, sample - 6 * config.sequences_per_step, *ranks
+    )
 
 
 def begin_dropout_anew() -> None:
     real = train_gpt2.micro_batch_loss
-    train_gpt2.micro_batch_loss = lambda loss_fn, windows, config, rt, step, i: real(
-        loss_fn, windows, config, rt, step - 6, i
+    train_gpt2.micro_batch_loss = lambda loss_fn, windows, config, rt, number: real(
+        loss_fn, windows, config, rt, number - 6 * config.sequences_per_step // config.micro_batch
     )
 
 

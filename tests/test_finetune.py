@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from test_train import last_error, train
-from tools import ROOT, read_log, save_tiny_model
+from tools import ROOT, configuration, read_log, save_tiny_model
 
-from train_gpt2 import RECIPES, config_of_command_line
+from train_gpt2 import RECIPES
 
 FLAGS = """
     --seq-len 64 --total-batch-tokens 2048 --micro-batch 32 --eval-every 10 --eval-tokens 2500
@@ -49,14 +49,12 @@ def test_fine_tuning_starts_from_the_weights_of_the_model(runs):
 
 def test_init_from_picks_the_finetune_recipe(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    config, why = config_of_command_line(["--init-from", "first", "--data", "novel.txt"])
-    assert config.recipe == "finetune"
-    assert "--init-from" in why
+    assert configuration("--init-from", "first", "--data", "novel.txt").recipe == "finetune"
 
 
 def test_the_finetune_recipe_has_the_models_shape_and_encoding(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    config, _ = config_of_command_line(["--init-from", "first", "--data", "novel.txt"])
+    config = configuration("--init-from", "first", "--data", "novel.txt")
     assert (config.n_layer, config.n_head, config.n_embd) == (2, 2, 64)
     assert config.seq_len == 64
     assert config.tokenizer == "bytes"
@@ -73,18 +71,14 @@ def test_a_124m_model_is_fine_tuned_with_the_recipes_learning_rate(tmp_path):
         assert old in text
         text = text.replace(old, new)
     file.write_text(text)
-    config, _ = config_of_command_line(
-        ["--init-from", str(tmp_path / "model"), "--data", "novel.txt"]
-    )
+    config = configuration("--init-from", tmp_path / "model", "--data", "novel.txt")
     assert config.learning_rate == RECIPES["finetune"].learning_rate == 3e-5
 
 
 def test_a_model_of_the_first_runs_size_is_fine_tuned_at_1e_3(tmp_path):
     shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128}
     save_tiny_model(tmp_path / "model", **shape)
-    config, _ = config_of_command_line(
-        ["--init-from", str(tmp_path / "model"), "--data", "novel.txt"]
-    )
+    config = configuration("--init-from", tmp_path / "model", "--data", "novel.txt")
     assert config.learning_rate == 1e-3
     assert config.min_lr == 5e-4
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tools import ROOT, run_main, run_python
+from tools import ROOT, configuration, run_main, run_python
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, SIZES, GPTConfig, NextTokenLoss
@@ -28,7 +28,7 @@ from support.plan import (
     parameters,
 )
 from support.runtime import Runtime, start
-from train_gpt2 import RECIPES, build_optimizer, config_of_command_line, main
+from train_gpt2 import RECIPES, build_optimizer, main
 
 DOC = (ROOT / "docs" / "scaling.md").read_text()
 
@@ -350,7 +350,7 @@ def test_commands_in_scaling_are_understood(tmp_path, monkeypatch):
     for command in commands:
         after_torchrun = command[command.index("torchrun") + 1 :]
         args = get_args_parser().parse_args(after_torchrun)
-        config, *_ = config_of_command_line(args.training_script_args)
+        config = configuration(*args.training_script_args)
         assert args.training_script == "train_gpt2.py"
         assert config.resume
         assert config.out == f"runs/{config.recipe}"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from support.spikes import SpikeGuard
 
@@ -11,7 +12,9 @@ def guard_after(losses, skips: bool = True) -> tuple[SpikeGuard, list[int]]:
     guard = SpikeGuard(skips)
     spikes = []
     for number, loss in enumerate(losses):
-        guard.leave_out(float(loss))
+        guard.leaves_out(torch.tensor(loss, dtype=torch.float64))
+        if not skips:
+            guard.note(float(loss))
         if guard.sees_spike:
             spikes.append(number)
     return guard, spikes

@@ -23,7 +23,9 @@ if str(ROOT) not in sys.path:
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import train_gpt2  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from support import launch  # noqa: E402
 from support.script import run_script  # noqa: E402
 from support.shards import write_manifest, write_shard  # noqa: E402
 
@@ -118,6 +120,13 @@ def fill_tiktoken_cache(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- scripts
+
+
+def configuration(*args) -> train_gpt2.TrainConfig:
+    """What a command line of train_gpt2.py means."""
+    flags = list(map(str, args))
+    config, _ = launch.configuration(train_gpt2.TrainConfig, train_gpt2.RECIPES, "", flags)
+    return config
 
 
 def run_main(main: Callable[[], None], *args) -> int:
