@@ -1,4 +1,4 @@
-"""Hugging Face's file formats, out and in: configuration, weights, tokenizer, and the hub.
+"""Hugging Face's file formats, out and in: configuration, weights, tokenizer, card, and the hub.
 
 A model directory holds config.json, generation_config.json, model.safetensors (or its parts and
 model.safetensors.index.json) and the tokenizer's vocab.json, merges.txt and tokenizer_config.json.
@@ -364,6 +364,79 @@ def read_tensors(file: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
     # Most of the time is spent in page faults, and several threads wait for them in parallel.
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(names, pool.map(convert, names), strict=True))
+
+
+# -------------------------------------------------------------------------------------- model card
+
+CARD = "README.md"
+MOST_LOSSES = 12  # rows of the card's table
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    config: dict,
+    num_parameters: int,
+    *,
+    name: str,
+    step: int,
+    tokens: int,
+    data: str,
+    losses: list[tuple[int, float]],
+    command: str,
+    base_model: str = "",
+) -> None:
+    """Write README.md: what a model is, with the metadata that the hub reads at its head.
+
+    config: what `GPT.saved_form` gives. losses: (step, validation loss) of the run so far.
+    command: that started the run. base_model: hub name or path of the weights it began with.
+    """
+    c = config
+    plain = same_probe(c["network_probe"], PROBE_OF_GPT2)
+    metadata = [
+        "# license: choose one, such as mit",
+        "# language: of the data, such as en",
+        "pipeline_tag: text-generation",
+        f"tags: [{'gpt2' if plain else EDITED['model_type']}, pygpt2]",
+    ]
+    if plain:
+        metadata.append("library_name: transformers")
+    if base_model and not Path(base_model).exists():  # only the hub's names mean something there
+        metadata.append(f"base_model: {json.dumps(base_model)}")
+    origin = f"from the weights of {shown(base_model)}" if base_model else "from random weights"
+    how = (
+        "transformers loads it: `AutoModelForCausalLM.from_pretrained(folder)`, `AutoTokenizer` "
+        "likewise."
+    )
+    if not plain:
+        how = "Its network is not GPT-2's: it needs the `model.py` that it was trained with."
+    rows = [f"| {at:,} | {loss:.4f} |" for at, loss in spread(losses, MOST_LOSSES)]
+    lines = [
+        "---",
+        *metadata,
+        "---",
+        "",
+        f"# {shown(name)}",
+        "",
+        f"A GPT-2 of {num_parameters:,} parameters: {c['n_layer']} layers, {c['n_head']} heads, "
+        f"{c['n_embd']} channels, a context of {c['block_size']:,} tokens, a vocabulary of "
+        f"{c['vocab_size']:,}. It was trained with PyGPT2, {origin}, for {step:,} updates: "
+        f"{tokens:,} tokens of {shown(data)}. {how}",
+        "",
+        "| update | validation loss, nats per token |",
+        "|---|---|",
+        *rows,
+        "",
+        "```bash",
+        shown(command, 2000),
+        "```",
+    ]
+    write_file(Path(folder, CARD), ("\n".join(lines) + "\n").encode())
+
+
+def spread(entries: list, most: int) -> list:
+    """At most so many of the entries, evenly spread, the last one included."""
+    stride = -(-len(entries) // most) or 1
+    return entries[::-1][::stride][::-1]
 
 
 # ----------------------------------------------------------------------------------------- the hub

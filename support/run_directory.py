@@ -26,8 +26,10 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,7 +55,14 @@ from support.files import (
     sync,
     write_file,
 )
-from support.huggingface import TRANSPOSED, read_config, save_model, save_tokenizer
+from support.huggingface import (
+    CARD,
+    TRANSPOSED,
+    read_config,
+    save_model,
+    save_tokenizer,
+    write_model_card,
+)
 from support.ranks import Ranks
 from support.script import Stopped, UserError, require, say, shown
 from support.shards import ENCODINGS
@@ -387,6 +396,7 @@ def commit_checkpoint(
     temporary = run / f".{target.name}.tmp"
     remove(temporary)
     temporary.mkdir()  # fails if somebody has put something there meanwhile
+    write_card(temporary, run, config, weights, state)
     write_checkpoint_files(temporary, config, weights, moments, encoding, state)
     remove(target)  # only ever a damaged one: from a valid one the run would have gone on
     os.rename(temporary, target)
@@ -414,10 +424,33 @@ def write_checkpoint_files(
     shutil.copymode(folder / "state.json", file)  # safetensors lets only the owner read it
     files = {}
     for file in sorted(folder.iterdir()):
+        if file.name == CARD:
+            continue  # people edit it, and a checkpoint whose card was edited is whole
         sync(file)
         files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     write_file(folder / "manifest.json", (json.dumps({"files": files}, indent=2) + "\n").encode())
     sync(folder)
+
+
+def write_card(
+    folder: Path, run: Path, config: dict, weights: dict[str, Tensor], state: dict
+) -> None:
+    """A checkpoint's README.md, from what train.json and the log say of its run."""
+    shape = {"data?": str, "init_from?": str, "started?": {"command?": str}}
+    begun = read_json(run / "train.json", shape)
+    evaluations = [entry for entry in log_entries(run) if entry["event"] == "eval"]
+    write_model_card(
+        folder,
+        config,
+        sum(tensor.numel() for tensor in weights.values()),
+        name=f"{run.resolve().name}, step {state['step']:,}",
+        step=state["step"],
+        tokens=state["tokens"],
+        data=begun.get("data", "unknown data"),
+        losses=[(entry["step"], entry["val_loss"]) for entry in evaluations],
+        command=begun.get("started", {}).get("command", "python train_gpt2.py"),
+        base_model=begun.get("init_from", ""),
+    )
 
 
 def prune(run: Path, keep: int, spare: Iterable[int] = ()) -> None:
@@ -858,6 +891,7 @@ def provenance(device: torch.device) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "device": device_name,
+        "command": shlex.join(["python", *sys.argv]),
         "git_commit": commit,
         "code": hash_of_code(),
     }

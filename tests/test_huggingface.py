@@ -283,6 +283,47 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, file, content):
         check_tokenizer(tmp_path, get_encoding("bytes"))
 
 
+# --------------------------------------------------------------------------------------- model card
+
+
+def card_of(folder: Path, model: GPT, **values):
+    """The card as the hub's own client reads it."""
+    from huggingface_hub import ModelCard
+
+    about = {"name": "a run, step 900", "step": 900, "tokens": 10**6, "data": "my data"}
+    about |= {"losses": [(step, 1 + 1 / (1 + step)) for step in range(0, 1000, 10)]}
+    about |= {"command": "python train_gpt2.py --out 'a run'"} | values
+    config, _ = model.saved_form()
+    huggingface.write_model_card(folder, config, model.num_parameters(), **about)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_a_card_says_what_was_trained_on_what_and_how(model, tmp_path):
+    card = card_of(tmp_path, model, base_model="openai-community/gpt2")
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model == "openai-community/gpt2"
+    assert card.data.license is None and "# license:" in (tmp_path / "README.md").read_text()
+    for words in (
+        f"{model.num_parameters():,} parameters",
+        "1,000,000 tokens of my data",
+        "900 updates",
+        "| 990 |",
+    ):
+        assert words in card.content
+    assert card.content.count("\n| ") == huggingface.MOST_LOSSES + 1
+    assert "python train_gpt2.py --out 'a run'" in card.content
+
+
+def test_a_card_names_no_local_path_as_a_model_of_the_hub(model, tmp_path):
+    card = card_of(tmp_path, model, base_model=str(tmp_path))
+    assert card.data.base_model is None and f"the weights of {tmp_path}" in card.content
+
+
+def test_the_card_of_an_edited_network_does_not_promise_transformers(squared_relu, model, tmp_path):
+    card = card_of(tmp_path, model)
+    assert card.data.library_name is None and "needs the `model.py`" in card.content
+
+
 # ---------------------------------------------------------------------------------- another network
 
 

@@ -132,6 +132,14 @@ def test_state_json_holds_the_hash_of_train_json(run, pair):
     assert state["train_json"] == files.file_sha256(run / "train.json")
 
 
+def test_a_model_card_may_be_edited_without_damage(run, pair):
+    step = save(run, 20, pair)
+    card = step / "README.md"
+    card.write_text(card.read_text().replace("# license: choose one, such as mit", "license: mit"))
+    assert "license: mit" in card.read_text()
+    assert run_directory.fault_of(step) is None and resume(run).step == 20
+
+
 def test_files_follow_the_umask(run, pair):
     umask = os.umask(0o027)
     try:

@@ -278,13 +278,14 @@ def test_a_checkpoint_has_these_files(finished):
         "vocab.json",
         "merges.txt",
         "tokenizer_config.json",
+        "README.md",
     }
 
 
 def test_train_json_says_when_and_with_what_the_run_was_started(finished):
     started = json.loads((finished / "train.json").read_text())["started"]
     assert started["torch"] == torch.__version__
-    assert started.keys() == {"date", "torch", "device", "git_commit", "code"}
+    assert started.keys() == {"date", "torch", "device", "command", "git_commit", "code"}
 
 
 def test_a_second_bare_run_gets_the_next_directory(data, in_tmp):
