@@ -436,7 +436,7 @@ def write_card(
     folder: Path, run: Path, config: dict, weights: dict[str, Tensor], state: dict
 ) -> None:
     """A checkpoint's README.md, from what train.json and the log say of its run."""
-    shape = {"data?": str, "init_from?": str, "started?": {"command?": str}}
+    shape = {"data?": [str], "init_from?": str, "started?": {"command?": str}}
     begun = read_json(run / "train.json", shape)
     evaluations = [entry for entry in log_entries(run) if entry["event"] == "eval"]
     write_model_card(
@@ -446,7 +446,7 @@ def write_card(
         name=f"{run.resolve().name}, step {state['step']:,}",
         step=state["step"],
         tokens=state["tokens"],
-        data=begun.get("data", "unknown data"),
+        data=", ".join(begun.get("data", ["unknown data"])),
         losses=[(entry["step"], entry["val_loss"]) for entry in evaluations],
         command=begun.get("started", {}).get("command", "python train_gpt2.py"),
         base_model=begun.get("init_from", ""),
@@ -891,7 +891,7 @@ def provenance(device: torch.device) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "device": device_name,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": commit,
         "code": hash_of_code(),
     }
