@@ -90,8 +90,8 @@ FIRST_RUN_FOLDER = "data/first-run"  # where the first run's corpus is prepared
 # Characters in a batch: enough to hide the cost of handing it to a thread, little enough to keep
 # memory small.
 BATCH_CHARACTERS = 2**19
-# Characters of a document that is pointed out as probably several.
-LONG_DOCUMENT = 10_000_000
+# Bytes of files whose reading is announced, since it takes a while.
+LONG_READ = 10**9
 # Share of documents that may be damaged. Beyond it the input is not what was meant. A single one
 # never ends a corpus of which something remains. Documents that are only missing, as a null is,
 # are the corpus's own matter.
@@ -342,7 +342,6 @@ class Position:
     batch_tokens: int = 0  # tokens of the current batch that are in committed shards
     documents: int = 0  # usable documents before the current batch
     skipped: dict[str, int] = field(default_factory=dict)  # unusable ones, by reason
-    longest: int = 0  # characters of the longest document before the current batch
     places: list[str] = field(default_factory=list)  # of the first unusable one in a file
 
     @property
@@ -358,10 +357,9 @@ class Position:
             file = document.place.partition(",")[0]
             if len(places) < 5 and not any(place.startswith(file) for place in places):
                 places.append(document.place)
-        longest = max([self.longest, *map(len, batch.documents)])
         documents = self.documents + num_documents
         after = batch.rows[-1].position
-        return Position(after, 0, documents, dict(skipped), longest, places)
+        return Position(after, 0, documents, dict(skipped), places)
 
 
 class Writer:
@@ -460,7 +458,6 @@ PARTIAL_SHAPE = {
         "batch_tokens": int,
         "documents": int,
         "skipped": {str: int},
-        "longest": int,
         "places?": [str],
     },
 }
@@ -479,7 +476,9 @@ def begin_or_resume(folder: Path, settings: dict) -> tuple[list[dict], Position]
         # Only now: a damaged name in the manifest must not cost the shard that has it.
         remove_uncommitted(folder, {shard["name"] for shard in shards})
         if shards:  # else nothing is lost by beginning anew
-            return shards, Position(**partial["position"])
+            known = {entry.name for entry in dataclasses.fields(Position)}
+            position = partial["position"].items()
+            return shards, Position(**{key: value for key, value in position if key in known})
     else:
         for other in folder.iterdir():
             require(
@@ -494,14 +493,7 @@ def begin_or_resume(folder: Path, settings: dict) -> tuple[list[dict], Position]
 
 def read_partial_manifest(folder: Path) -> dict:
     """The partial manifest, which may come from somebody else. Its names stay in the folder."""
-    file = folder / "manifest.partial.json"
-    position = read_json(file, PARTIAL_SHAPE, MANIFEST_BYTES)["position"]
-    unknown = position.keys() - {entry.name for entry in dataclasses.fields(Position)}
-    require(
-        not unknown,
-        f"{file}: position with {shown(', '.join(unknown))}; expected what this version writes; "
-        "go on with the version that began it, or choose another --out",
-    )
+    read_json(folder / "manifest.partial.json", PARTIAL_SHAPE, MANIFEST_BYTES)
     return read_manifest(folder, partial=True)
 
 
@@ -551,11 +543,15 @@ def prepare(config: PrepareConfig, say: Callable = script.say) -> Path:
     Raises UserError where the source cannot be used or the directory was begun in another way.
     """
     files, left_out = expand(config.input)
-    return prepare_files(config, files, left_out, contents_key(files, config.tokenizer), say)
+    contents = contents_key(files, config.tokenizer, say)
+    return prepare_files(config, files, left_out, contents, say)
 
 
-def contents_key(files: list[File], tokenizer: str) -> str:
+def contents_key(files: list[File], tokenizer: str, say: Callable) -> str:
     """A hash of the names and contents of all files, and of the tokenizer."""
+    size = sum(file.size for file in files)
+    if size > LONG_READ:
+        say(f"reading {plural(len(files), 'file')}, {size / 1e9:,.1f} GB, to know their contents")
     key = hashlib.sha256(tokenizer.encode())
     for file in files:
         name = os.path.basename(file.path).encode(errors="surrogateescape")
@@ -702,7 +698,8 @@ def write_corpus(
         f"{progress.rate:,.0f} tokens/s; skipped documents: {reasons(position)}"
         + describe_left_out(left_out)
     )
-    point_out_long_documents(position, say)
+    if position.documents == 1:
+        say("the whole corpus is one document; fineweb.py --split-on separates a file into several")
 
 
 def plural(count: int, noun: str) -> str:
@@ -764,17 +761,6 @@ def point_out_separators(config: PrepareConfig, documents: list[str], say: Calla
         say(
             "lines of <|endoftext|> are read as ordinary text; fineweb.py --split-on "
             "'<|endoftext|>' separates documents there"
-        )
-
-
-def point_out_long_documents(position: Position, say: Callable) -> None:
-    """Say so if the corpus is one document, or has a very long one."""
-    if position.documents == 1:
-        say("the whole corpus is one document; fineweb.py --split-on separates a file into several")
-    elif position.longest > LONG_DOCUMENT:
-        say(
-            f"the longest document has {position.longest:,} characters; fineweb.py --split-on "
-            "separates a file into several"
         )
 
 
@@ -873,7 +859,7 @@ def tokens_for(data: str | tuple[str, ...], tokenizer: str, say: Callable = scri
             "command that began it again",
         )
     files, left_out = expand(paths)
-    key = contents_key(files, tokenizer)
+    key = contents_key(files, tokenizer, say)
     config = PrepareConfig(input=paths, tokenizer=tokenizer)
     folder = Path("data", f"{config.corpus}-{key[:12]}")
     if (folder / "manifest.json").exists():

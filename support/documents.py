@@ -271,18 +271,23 @@ def read_file(
 
     The place is None after a file that is one document.
     """
-    reader, unit = reader_of(file, text_column, split_on)
+    kind, _ = kind_and_compression(file.path)
+    if kind == ".json" and has_json_lines(file):
+        kind = ".jsonl"
     with opened(file) as (raw, stream):
         size = max(1, raw.seek(0, os.SEEK_END))
         raw.seek(0)
+        if kind in READERS:
+            documents = READERS[kind](stream, text_column, start)
+        else:
+            documents = read_text(stream, split_on, start)
         before = start
-        for document, at in reader(stream, start):
+        for document, at in documents:
             document = usable(document)
             if isinstance(document, Unusable):
-                number = before if unit == "byte" else at
-                where = [file.path] if at is None else [file.path, f"{unit} {number:,}"]
-                where = ", ".join(filter(None, [*where, document.place]))
-                document = Unusable(document.reason, where)
+                where = f"row {at:,}" if kind in ROWS else f"byte {before:,}"
+                where = [file.path, where if at is not None else "", document.place]
+                document = Unusable(document.reason, ", ".join(filter(None, where)))
             yield document, at, min(1.0, raw.tell() / size)
             before = at
 
@@ -298,27 +303,6 @@ def opened(file: File) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             import pyarrow
 
             yield raw, pyarrow.input_stream(raw, compression=compression)
-
-
-def reader_of(
-    file: File, text_column: str, split_on: str
-) -> tuple[Callable[[BinaryIO, int], Documents], str]:
-    """The reader of a file, and the unit of its places."""
-    kind, _ = kind_and_compression(file.path)
-    if kind == ".json":
-        kind = kind_of_json(file)
-    if kind in (".jsonl", ".ndjson"):
-        return lambda stream, start: read_json_lines(stream, text_column, start), "byte"
-    if kind == ".json":
-        return lambda stream, start: read_json(stream, text_column, start), "item"
-    if kind in (".csv", ".tsv"):
-        delimiter = "," if kind == ".csv" else "\t"
-        return lambda stream, start: read_csv(stream, text_column, delimiter, start), "row"
-    if kind == ".parquet":
-        return lambda stream, start: read_parquet(stream, text_column, start), "row"
-    if kind == ".arrow":
-        return lambda stream, start: read_arrow(stream, text_column, start), "row"
-    return lambda stream, start: read_text(stream, split_on, start), "byte"
 
 
 def read_text(stream: BinaryIO, split_on: str, start: int) -> Documents:
@@ -413,14 +397,13 @@ def read_json(stream: BinaryIO, text_column: str, start: int) -> Documents:
         yield text_of(item, text_column), number
 
 
-def kind_of_json(file: File) -> str:
-    """.jsonl if a .json file has a JSON object on each line, else .json."""
+def has_json_lines(file: File) -> bool:
+    """Whether a .json file has a JSON object on each line, and not one value or array in all."""
     with opened(file) as (_, stream):
         first_line, newline, _ = stream.read(CHUNK_BYTES).partition(b"\n")
     if first_line.strip().removeprefix(b"\xef\xbb\xbf").startswith(b"["):
-        return ".json"
-    is_object = not isinstance(parsed(first_line), Unusable)
-    return ".jsonl" if is_object or not newline else ".json"
+        return False
+    return not newline or not isinstance(parsed(first_line), Unusable)
 
 
 def parsed(content: bytes) -> Any:
@@ -440,8 +423,8 @@ def text_of(value: Any, text_column: str) -> Any:
     return value[text_column] if text_column in value else without_column(list(value))
 
 
-def read_csv(stream: BinaryIO, text_column: str, delimiter: str, start: int) -> Documents:
-    """A column of a CSV or TSV file, whose first row has the names."""
+def read_csv(stream: BinaryIO, text_column: str, start: int, delimiter: str = ",") -> Documents:
+    """A column of a CSV file, whose first row has the names."""
     csv.field_size_limit(2 * MOST_DOCUMENT_BYTES)
     # Bytes that are not UTF-8 come out as lone surrogates, so that only their row is lost.
     lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
@@ -455,6 +438,10 @@ def read_csv(stream: BinaryIO, text_column: str, delimiter: str, start: int) -> 
     for number, row in enumerate(filter(None, rows), start=1):
         if number > start:
             yield csv_text(dict(zip(columns, row, strict=False)), text_column), number
+
+
+def read_tsv(stream: BinaryIO, text_column: str, start: int) -> Documents:
+    return read_csv(stream, text_column, start, delimiter="\t")
 
 
 def csv_text(row: dict[str, str], text_column: str) -> str | Unusable:
@@ -563,6 +550,18 @@ def check_offsets(column: Any) -> None:
     }
     if column.type in as_bytes:  # as bytes, because text that is not UTF-8 is skipped later
         column.view(as_bytes[column.type]).validate(full=True)
+
+
+READERS = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+ROWS = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # where a place is a number of rows
 
 
 # ---------------------------------------------------------------------------------------- all files

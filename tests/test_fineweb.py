@@ -902,17 +902,11 @@ def test_lines_of_end_of_text_are_pointed_out_with_the_flag_that_splits_there(tm
     assert "20 documents" in said[-1] and not any("--split-on" in line for line in said)
 
 
-def test_a_corpus_of_one_document_and_very_long_ones_are_pointed_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "LONG_DOCUMENT", 100_000)
+def test_a_corpus_of_one_document_is_pointed_out(tmp_path):
     said = []
     (tmp_path / "one.txt").write_text("A novel. " * 100)
-    write_lines(tmp_path / "two.jsonl", ["a", "b c " * 26_000])
-    for name in ("one.txt", "two.jsonl"):
-        out = str(tmp_path / "o" / name)
-        config = PrepareConfig(input=(str(tmp_path / name),), out=out, tokenizer="bytes")
-        prepare(config, said.append)
+    prepare(PrepareConfig(input=(str(tmp_path / "one.txt"),), out=str(tmp_path / "o")), said.append)
     assert any("the whole corpus is one document" in line for line in said)
-    assert any("the longest document has 104,000 characters" in line for line in said)
 
 
 ODD_NAMES = ["n" * 241 + ".txt", "日" * 80 + ".txt", os.fsdecode(b"\xff\xfe.txt")]
@@ -977,6 +971,11 @@ def test_an_input_edited_without_changing_its_size_is_noticed(tmp_path, monkeypa
     with pytest.raises(UserError, match="contents was .*, now .*; expected the settings"):
         prepare(config, quiet)
     write_lines(file, texts)
+    if not is_finished:  # a position with a key of another version is no traceback
+        partial = tmp_path / "o/manifest.partial.json"
+        manifest = json.loads(partial.read_text())
+        manifest["position"]["of another version"] = 1
+        partial.write_text(json.dumps(manifest))
     assert shards(prepare(config, quiet)) == cut(reference(texts), 1000)
 
 
@@ -986,10 +985,9 @@ def test_an_input_edited_without_changing_its_size_is_noticed(tmp_path, monkeypa
         {"shards": [{"name": "../victim/a_val_000000.bin", "tokens": 1, "sha256": "0"}]},
         {"shards": [{"name": "/etc/passwd", "tokens": 1, "sha256": "0"}]},
         {"position": None},
-        {"position": dataclasses.asdict(fineweb.Position()) | {"unknown": 1}},
         {"source": "x"},
     ],
-    ids=["outside", "absolute", "no position", "unknown key", "source"],
+    ids=["outside", "absolute", "no position", "source"],
 )
 def test_a_partial_manifest_of_somebody_else_cannot_reach_outside(tmp_path, change):
     victim = tmp_path / "victim" / "a_val_000000.bin"
