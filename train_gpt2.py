@@ -605,8 +605,9 @@ def train(training: Training) -> None:
             if config.save_every:
                 save(step, training)
             rt.on_main(run.wait_for_commit)
-            rt.say(report.how_to_go_on(step, config, run))
-            raise Stopped(rt.max_over_ranks(training.stop.signum)) from None
+            last_words = report.how_to_go_on(step, config, run)
+            rt.say(last_words)
+            raise Stopped(rt.max_over_ranks(training.stop.signum), last_words) from None
     rt.on_main(run.wait_for_commit)
     # A crash may have come between the last save and its pruning.
     rt.on_main(run_directory.prune, run.folder, config.keep, trunk_steps(config))

@@ -347,6 +347,8 @@ def directories_to_try(out: str, recipe: str) -> Iterator[Path]:
     if out:
         yield Path(out)
         return
+    # It may come from a train.json.
+    require(plain_name(recipe), f"--recipe {shown(recipe)}; expected a name; name another")
     yield Path("runs", recipe)
     for number in itertools.count(2):
         yield Path("runs", f"{recipe}-{number}")

@@ -446,13 +446,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)
-
-
-# Names that go as soon as nothing uses them.
-
-
-class TransientError(UserError):
-    pass
-
-
-escaped = shown

@@ -228,6 +228,7 @@ def test_every_parameter_is_in_one_group(kind):
     assert set(grouped) == set(model.parameters())
 
 
+@pytest.mark.learning
 def test_adamw_alone_is_torchs_fused_adamw_at_gpt3s_settings():
     optimizer = optimizer_of(tiny_model(), "adamw")
     assert type(optimizer) is torch.optim.AdamW

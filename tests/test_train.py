@@ -125,6 +125,7 @@ def last_error(capfd) -> str:
 # ---------------------------------------------------------------------------------- pure pieces
 
 
+@pytest.mark.learning
 def test_cosine_schedule_warms_up_linearly_and_ends_at_min_lr():
     config = replace(
         CONFIG,
@@ -208,6 +209,7 @@ def test_gradients_longer_than_grad_clip_are_scaled_to_it():
     assert torch.linalg.norm(moved).item() == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.learning
 def test_evaluation_is_the_mean_loss_of_transformers_over_the_split(data, tmp_path):
     """Full windows and the shorter one at the end of the budget, weighted by their tokens."""
     model = tiny_model()
@@ -358,6 +360,7 @@ def test_a_resumed_run_logs_what_an_undisturbed_one_logs(stopped_and_resumed):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
 def test_a_resumed_run_ends_with_the_same_bits(stopped_and_resumed, file):
     whole, halves = stopped_and_resumed
