@@ -9,8 +9,7 @@ Reads token shards (tokens.py). Writes a run directory: train.json, log.jsonl, c
 checkpoints. Ctrl-C finishes the step in hand, saves and exits. The same command with --resume goes
 on from there.
 
-In this file, from the top: the configuration, the recipes, the pieces of a training step, the loop,
-what falls on a step, `main`.
+In this file: configuration, recipes, the pieces of a step, the loop, what falls on a step, `main`.
 
 Shapes: B sequences per micro-batch, T = seq_len tokens per sequence, W ranks.
 """
@@ -24,7 +23,6 @@ if __name__ == "__main__":  # before the imports, which take seconds, so that Ct
 import gc
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -60,7 +58,6 @@ from support.script import (
     Range,
     Stopped,
     StopRequest,
-    UserError,
     check_fields,
     require,
     run_script,
@@ -72,7 +69,6 @@ from tokens import (
     ENCODINGS,
     Mixture,
     TokenArray,
-    TokenData,
     get_encoding,
     open_data,
     token_bytes,
@@ -350,12 +346,10 @@ def step_batches(
 def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Module:
     """The module that training calls: `loss_fn(idx, targets)` is the loss of a micro-batch.
 
-    Up to three layers, from the inside:
     1) NextTokenLoss runs the model and computes the loss.
-    2) With several ranks, DDP (DistributedDataParallel) is around it. Each rank has a copy of the
-       model and its own part of the batch. In a backward pass DDP replaces each gradient by its
-       mean over the ranks, so that all copies make the same update. DDP acts on what is computed
-       by the forward that it wraps, so the loss must be a forward. (FSDP would take its place.)
+    2) With several ranks, DDP is around it: in a backward pass it replaces each gradient by its
+       mean over the ranks, so that all copies of the model make the same update. (FSDP would take
+       its place.)
     3) torch.compile, if it is asked for, compiles forward and backward together.
 
     `model` itself stays plain: samples, HellaSwag and checkpoints use it.
@@ -368,9 +362,9 @@ def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Modul
     if config.compile:
         loss_fn = rt.compile(loss_fn, config.seq_len)
     if uses_ddp:
-        # DDP sends gradients in buckets. In its first pass it guesses which gradients share one,
-        # then it makes other buckets, and the last bits of a sum depend on them. A run that is
-        # stopped and continued has two first passes. So these are made on zeros, before any step.
+        # DDP sends gradients in buckets. After its first pass it makes other buckets, and the last
+        # bits of a sum depend on them. A run that is continued has one more first pass. So these
+        # are made on zeros, before any step.
         zeros = torch.zeros(config.micro_batch, config.seq_len + 1, dtype=torch.long)
         for _ in range(2):
             micro_batch_loss(loss_fn, zeros, config, rt, number=0).backward()
@@ -422,10 +416,10 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One update from this rank's windows, int64 (sequences_per_step / W, T + 1).
 
-    Returns its figures, scalars on the device: the loss of the global batch before the update, in
-    nats per token, and the norm of its gradient before clipping. They are the same on every rank.
-    A figure that is added here is logged, sent to trackers, and can be plotted by its name.
-    Nothing waits for the device, unless `guard` leaves out the update of a loss that jumps.
+    Returns scalars on the device, the same on every rank: the loss of the global batch before the
+    update, in nats per token, and the norm of its gradient before clipping. A scalar that is added
+    is logged, sent to trackers, and plotted by its name. Nothing waits for the device, unless
+    `guard` is to leave out the update of a loss that jumps.
     """
     micro_batches = batch.split(config.micro_batch)
     first_number = (step * rt.world_size + rt.rank) * len(micro_batches)
@@ -435,8 +429,8 @@ def train_step(
     loss = torch.zeros((), device=rt.device)
     # 1) Each micro-batch adds its part to p.grad.
     for i, windows in enumerate(micro_batches):
-        # Gradients meet in the last backward pass: there DDP takes the mean over ranks of what each
-        # has added up by itself. A loss_fn without DDP has no use for this attribute.
+        # The ranks' gradients meet in the last backward pass alone: there DDP takes the mean of
+        # what each rank has added up. (Without DDP the attribute does nothing.)
         loss_fn.require_backward_grad_sync = i == len(micro_batches) - 1
         part = micro_batch_loss(loss_fn, windows, config, rt, first_number + i) / num_parts
         part.backward()
@@ -449,8 +443,7 @@ def train_step(
     # 3) The weights are updated, the same on every rank. (An average of weights would follow here.)
     if guard is None or not guard.leaves_out(loss):
         optim.step()
-    # With one rank the gradients are freed. With several they are set to zero: DDP keeps each in
-    # its bucket, and a freed one would have to be copied there again.
+    # DDP keeps gradients in its buckets, so they are set to zero there. One rank frees them.
     optim.zero_grad(set_to_none=rt.world_size == 1)
     return {"loss": loss, "grad_norm": gradient_norm}
 
@@ -466,17 +459,15 @@ def evaluate(
 ) -> dict:
     """Validation loss over the first `eval_tokens` tokens of a split.
 
-    Returns val_loss in nats per token, bits_per_byte, and eval_tokens, the number of tokens
-    predicted. bytes_per_token is tokens.token_bytes of the encoding. Rank i mod W reads batch i, so
-    the same tokens are read with any number of ranks. `between_batches` is called equally often on
-    every rank, and may raise to end the evaluation.
+    Returns val_loss in nats per token, bits_per_byte, and the number of tokens predicted. Rank
+    i mod W reads batch i, so any number of ranks reads the same tokens. `between_batches` is called
+    equally often on every rank, and may raise to end the evaluation.
     """
     model.eval()
     loss_fn = NextTokenLoss(model)
     compiled_loss_fn = rt.compile(loss_fn, config.seq_len) if config.compile else loss_fn
     batches = evaluation_batches(data, config)
-    # A row for each batch: nats, tokens, bytes. A rank fills the rows of the batches that it reads,
-    # and leaves zeros in the others, so that the sum over ranks has every row.
+    # Nats, tokens and bytes of each batch: zeros in a rank's rows of batches that others read.
     results = torch.zeros(len(batches), 3, dtype=torch.float64)
     try:
         for first in range(0, len(batches), rt.world_size):
@@ -551,17 +542,12 @@ class Training:
     hellaswag_items: list[hellaswag.Item] | None
 
 
-# How a run stops. A signal makes StopRequest note its number, and nothing else. The ranks compare
-# these numbers at the head of the loop and between the batches of an evaluation. If one rank has
-# been signalled, AllRanksStop is raised on every rank. The loop then saves, and raises Stopped,
-# which becomes the exit code. What rank 0 could not write is told to the others in the same way,
-# and the error is raised instead.
-
-
 class AllRanksStop(BaseException):
-    """One rank has been asked to stop, or cannot go on, and every rank has heard of it.
+    """One rank has been signalled, or rank 0 could not write, and every rank has heard of it.
 
-    No Exception, so that none of the side activities that must not end a run can lose it.
+    A signal only makes StopRequest note its number. The ranks compare these numbers at the head of
+    the loop and between the batches of an evaluation. Then all save, and end with that signal's
+    exit code. It is no Exception, so that no side work can lose it.
     """
 
 
@@ -570,6 +556,8 @@ def train(training: Training) -> None:
 
     At the head of the loop the model has seen exactly `step` updates. A stop saves the checkpoint
     before anything else that falls on the step. The rest of it is done when the run is continued.
+    `updates` writes the line of an update to the log, on a GPU when the next one has been launched,
+    so that the GPU never waits. A loss that is not finite ends the run there, before any save.
     """
     config, rt, run = training.config, training.rt, training.run
     loss_fn = make_loss_function(training.model, config, rt)
@@ -580,7 +568,7 @@ def train(training: Training) -> None:
     step = run.step
     sizes = training.model.config
     with training.stop, report.TrainingProgress(config, sizes, run, rt) as progress:
-        updates = UpdateLog(training, progress)
+        updates = report.UpdateLog(run, training.guard, progress, rt)
         try:
             # The last round, at max_steps, only saves and reports.
             for step in range(run.step, config.max_steps + 1):
@@ -621,68 +609,6 @@ def stop_if_asked(training: Training) -> None:
         raise AllRanksStop
 
 
-class UpdateLog:
-    """Writes what updates have given, one line each in log.jsonl.
-
-    The line of step s has the loss before update s, the s-th of the run. On a GPU it is written
-    when update s + 1 has been launched: to read a figure waits until the device has computed it,
-    and meanwhile the device must have more to do. So a loss that is not finite ends the run one
-    update late. It never reaches a checkpoint, since `finish` comes before each.
-    """
-
-    def __init__(self, training: Training, progress: report.TrainingProgress):
-        self.training = training
-        self.progress = progress
-        self.unread: tuple[int, float, dict[str, Tensor]] | None = None
-        # On a CPU they are there at once. Whoever leaves out spikes has waited for them already.
-        self.reads_at_once = training.rt.device.type == "cpu" or training.guard.skips
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave out of the time of training what was done since the last line."""
-        self.began = time.perf_counter()
-
-    def add(self, step: int, rate: float, figures: dict[str, Tensor]) -> None:
-        """Take note of an update, and write the line of the one before it."""
-        self.finish()
-        self.unread = (step, rate, figures)
-        if self.reads_at_once:
-            self.finish()
-
-    def finish(self) -> None:
-        """Write the line that is not written yet. Ends every rank where its loss is not finite."""
-        if self.unread is None:
-            return
-        (step, rate, figures), self.unread = self.unread, None
-        run, rt, guard = self.training.run, self.training.rt, self.training.guard
-        values = torch.stack([value.float() for value in figures.values()]).tolist()  # one transfer
-        figures = dict(zip(figures, values, strict=True))
-        now = time.perf_counter()
-        seconds, self.began = now - self.began, now
-        if not all(map(math.isfinite, values)):
-            rt.raise_on_all(
-                UserError(
-                    f"update {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; "
-                    "expected finite numbers; go on with --resume from the last checkpoint, or "
-                    "start anew with a lower --learning-rate"
-                )
-            )
-        run.elapsed += seconds
-        speed = self.progress.step_done(step, figures["loss"], seconds)
-        run.log("train", step, lr=rate, **figures, **speed, elapsed=round(run.elapsed, 3))
-        if not guard.skips:
-            guard.note(figures["loss"])
-        if guard.sees_spike:
-            run.log(
-                "spike",
-                step,
-                loss=figures["loss"],
-                z=round(guard.z, 2),
-                left_out=guard.skips,
-            )
-            rt.say(report.spike_line(step, figures["loss"], guard))
-
-
 # ------------------------------------------------------------------------ what falls on a step
 
 
@@ -694,8 +620,7 @@ def trunk_steps(config: TrainConfig) -> set[int]:
 def is_due(event: str, step: int, training: Training) -> bool:
     """Whether an event falls on this step: at multiples of its interval, and after the last update.
 
-    Before the first update only validation does. A continued run repeats nothing of the step that
-    it continues from.
+    Before the first update only validation does. A continued run repeats nothing of its first step.
     """
     config = training.config
     every = getattr(config, f"{event}_every")
@@ -712,11 +637,10 @@ def is_due(event: str, step: int, training: Training) -> bool:
 def save(step: int, training: Training) -> None:
     """Save the checkpoint of this step, unless it is there already.
 
-    Training waits until rank 0 has copied weights and moments to the CPU; the other ranks wait for
-    that in `on_main`. Writing goes on beside the next steps. A checkpoint counts when it is whole:
-    all files are written under another name, then a manifest with their hashes, and the directory
-    is renamed last. It is valid as long as each file is as the manifest says, and --resume takes
-    the newest one that is.
+    Training waits until rank 0 has copied weights and moments to the CPU; the other ranks wait in
+    `on_main`. Writing goes on beside the next steps: all files under another name, then a manifest
+    with their hashes; the directory is renamed last. A checkpoint is valid as long as each file is
+    as its manifest says, and --resume takes the newest valid one.
     """
     config, rt, run = training.config, training.rt, training.run
     if step == run.last_saved:
@@ -883,11 +807,11 @@ def load_data(config: TrainConfig, rt: Runtime) -> Mixture:
 
 
 def build(config: TrainConfig, data: Mixture, run: RunDirectory, rt: Runtime) -> Training:
-    """Model, optimizer and what else a run needs, as they are at the step where it goes on.
+    """All that a run needs, as it is at the step where the run goes on.
 
-    Rank 0 alone reads checkpoints and weights, and sends them to the others, whose machines need
-    not see them. To continue a run cuts its log.jsonl back to the checkpoint's step: what came
-    after it happens again. A fork begins with the lines of the other run up to that step.
+    Rank 0 alone reads checkpoints and weights, and sends them to the others. To continue a run cuts
+    its log.jsonl back to the checkpoint's step: what came after it happens again. A fork's log
+    begins with the lines of the other run up to that step.
     """
     torch.manual_seed(config.seed)
     model = GPT(config.shape(data.encoding)).to(rt.device)
@@ -902,15 +826,13 @@ def build(config: TrainConfig, data: Mixture, run: RunDirectory, rt: Runtime) ->
         rt.on_all(check_network, GPT, NextTokenLoss, KVCache)
         rt.on_main(run.begin, launch.saved_values(config), rt.device)
     else:
-        guard.load(known.state["spikes"])
+        guard.load(known.state.get("spikes"))
         moments = checkpoint.moments if checkpoint else None
         restore(model, optim, moments, known.step - guard.left_out, rt)
         is_new = not rt.on_main(run_directory.is_run, run.folder)
         first_sample = launch.go_on(config, data.fingerprint, run, known, rt)
         if is_new:  # a fork
-            parent = launch.read_train_json(TrainConfig, launch.train_json(config.fork))
-            before, after = learning_rate(run.step - 1, parent), learning_rate(run.step, config)
-            rt.say(f"learning rate  {before:.1e} → {after:.1e}")
+            rt.on_main(say_seam, config, run)
     trackers = [name for name in ("wandb", "tensorboard") if getattr(config, name)]
     sends = rt.on_main(open_trackers, trackers, run.folder, asdict(config), run.step, share=False)
     run.listeners += sends or []
@@ -938,12 +860,15 @@ def find_checkpoint(config: TrainConfig, run: RunDirectory) -> Checkpoint | None
     return run_directory.checkpoint_of(Path(config.fork), run.say)
 
 
+def say_seam(config: TrainConfig, run: RunDirectory) -> None:
+    """Say what the learning rate does where a fork begins."""
+    parent = launch.read_train_json(TrainConfig, launch.train_json(config.fork))
+    before, after = learning_rate(run.step - 1, parent), learning_rate(run.step, config)
+    run.say(f"learning rate  {before:.1e} → {after:.1e}")
+
+
 def load_weights(
-    model: GPT,
-    checkpoint: Checkpoint | None,
-    config: TrainConfig,
-    data: TokenData,
-    rt: Runtime,
+    model: GPT, checkpoint: Checkpoint | None, config: TrainConfig, data: Mixture, rt: Runtime
 ) -> None:
     """Put the weights of a checkpoint, or of --init-from, into the model. Else fresh ones stay."""
     if checkpoint:
@@ -951,12 +876,7 @@ def load_weights(
         rt.say(f"weights        {checkpoint.folder}")
     elif config.init_from:
         found, encoding, picked = load_model(config.init_from)
-        launch.check_fits(config, found.config, picked)
-        require(
-            encoding.name == data.encoding,
-            f"--data {' '.join(config.data)}: tokens of the encoding {data.encoding}; expected "
-            f"{encoding.name}, which {picked} reads; prepare it with --tokenizer {encoding.name}",
-        )
+        launch.check_fits(config, found.config, encoding.name, data.encoding, picked)
         found.crop_context(config.seq_len)
         model.load_state_dict(found.state_dict())
         rt.say(f"weights        {picked}")

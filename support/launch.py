@@ -303,8 +303,8 @@ def shaped_like(defaults: Any, name: str) -> Any:
     )
 
 
-def check_fits(config: Any, sizes: Any, picked: str) -> None:
-    """Refuse weights of another shape than the flags ask for."""
+def check_fits(config: Any, sizes: Any, encoding: str, encoding_of_data: str, picked: str) -> None:
+    """Refuse weights, those of `picked`, of another shape or encoding than flags and data have."""
     for name in ("n_layer", "n_head", "n_embd"):
         found, asked = getattr(sizes, name), getattr(config, name)
         require(
@@ -315,6 +315,11 @@ def check_fits(config: Any, sizes: Any, picked: str) -> None:
         config.seq_len <= sizes.block_size,
         f"--seq-len {config.seq_len}; expected at most {sizes.block_size}, the positions that "
         f"{picked} has learned; lower it",
+    )
+    require(
+        encoding == encoding_of_data,
+        f"--data {' '.join(config.data)}: tokens of the encoding {encoding_of_data}; expected "
+        f"{encoding}, which {picked} reads; prepare it with --tokenizer {encoding}",
     )
 
 

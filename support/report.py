@@ -5,19 +5,23 @@ learned.
 """
 
 import contextlib
+import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from support import plan, script
 from support.plot import draw_curves
 from support.progress import Progress
 from support.run_directory import RunDirectory, read_best
 from support.runtime import Runtime, multiplies_bfloat16, peak_flops, peak_memory
+from support.script import UserError
 from support.spikes import SpikeGuard
 
 # --------------------------------------------------------------------------------- before
@@ -174,6 +178,71 @@ class TrainingProgress:
                 text += f", {self.mfu(self.rate):.1%} of the datasheet's peak"
             lines.append(text + ".")
         return lines
+
+
+class UpdateLog:
+    """Writes what updates have given, one line each in log.jsonl.
+
+    The line of step s has the loss before update s, the s-th of the run. On a GPU it is written
+    when update s + 1 has been launched. To read a figure waits until the device has computed it,
+    and meanwhile the device must have more to do. So a loss that is not finite ends the run one
+    update late. It never reaches a checkpoint, since `finish` comes before each.
+    """
+
+    def __init__(
+        self, run: RunDirectory, guard: SpikeGuard, progress: TrainingProgress, rt: Runtime
+    ):
+        self.run = run
+        self.guard = guard
+        self.progress = progress
+        self.rt = rt
+        self.unread: tuple[int, float, dict[str, Tensor]] | None = None
+        # On a CPU they are there at once. Whoever leaves out spikes has waited for them already.
+        self.reads_at_once = rt.device.type == "cpu" or guard.skips
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the time of training what was done since the last line."""
+        self.began = time.perf_counter()
+
+    def add(self, step: int, rate: float, figures: dict[str, Tensor]) -> None:
+        """Take note of an update's scalars, and write the line of the update before it."""
+        self.finish()
+        self.unread = (step, rate, figures)
+        if self.reads_at_once:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write the line that is not written yet. Ends every rank where its loss is not finite."""
+        if self.unread is None:
+            return
+        (step, rate, scalars), self.unread = self.unread, None
+        values = torch.stack([value.float() for value in scalars.values()]).tolist()  # one transfer
+        figures = dict(zip(scalars, values, strict=True))
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
+        loss, norm = figures["loss"], figures["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.rt.raise_on_all(
+                UserError(
+                    f"update {step}: loss {loss}, gradient norm {norm}; expected finite numbers; "
+                    "go on with --resume from the last checkpoint, or start anew with a lower "
+                    "--learning-rate"
+                )
+            )
+        self.run.elapsed += seconds
+        speed = self.progress.step_done(step, loss, seconds)
+        elapsed = round(self.run.elapsed, 3)
+        self.run.log("train", step, **figures, lr=rate, **speed, elapsed=elapsed)
+        self.watch_for_spikes(step, loss)
+
+    def watch_for_spikes(self, step: int, loss: float) -> None:
+        guard = self.guard
+        if not guard.skips:  # else the loss was noted before its update
+            guard.note(loss)
+        if guard.sees_spike:
+            self.run.log("spike", step, loss=loss, z=round(guard.z, 2), left_out=guard.skips)
+            self.rt.say(spike_line(step, loss, guard))
 
 
 def validation_line(step: int, result: dict) -> str:

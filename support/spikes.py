@@ -66,7 +66,9 @@ class SpikeGuard:
         """What a continued run must know, for state.json."""
         return {"losses": self.losses, "left_out": self.left_out}
 
-    def load(self, state: dict) -> None:
-        """Go on from there."""
+    def load(self, state: dict | None) -> None:
+        """Go on from there. Checkpoints of older versions say nothing."""
+        if state is None:
+            return
         self.losses = state["losses"][-self.WINDOW :]
         self.left_out = state["left_out"]
