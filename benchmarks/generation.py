@@ -89,15 +89,19 @@ def sample(setting: Setting) -> Iterator[Case]:
         yield sample_case(Work(setting, folder, B, setting.size(32, 8), new))
 
 
-def sample_case(work: Work) -> Case:
+def sample_case(work: Work, only_ours: bool = False) -> Case:
     dtype = work.setting.dtype
     on_cuda = work.setting.device == "cuda"
     contenders = {
         f"PyGPT2, {'compiled' if on_cuda else 'weights packed'}": (sample_ours, work, True),
         "PyGPT2": (sample_ours, work, False),
+    }
+    peers = {
         "transformers": (sample_transformers, work, False),
         "transformers, compiled, static cache": (sample_transformers, work, True),
     }
+    if not only_ours:
+        contenders |= peers
     if work.B == 1:
         contenders["bound: reading the weights once a token"] = (read_weights, work)
     reference = GPT.from_pretrained(work.folder)

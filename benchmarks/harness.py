@@ -53,6 +53,7 @@ class Ready(NamedTuple):
 
     output: np.ndarray  # equal to the other contenders'
     work: Callable[[], Any]  # one round
+    note: str = ""  # Markdown that is printed under the table
 
 
 def absolute_difference(output: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -150,16 +151,17 @@ def contend(pipe, contender: Callable[..., Ready], arguments: tuple, alone: bool
     multiprocessing.set_start_method(None, force=True)
     start = time.perf_counter()
     try:
-        output, work = contender(*arguments)
+        ready = contender(*arguments)
         pipe.send(
             {
-                "output": output,
+                "output": ready.output,
                 "start_seconds": time.perf_counter() - start,
                 "peak_memory": peak_memory(),
+                "note": ready.note,
             }
         )
         while pipe.recv():
-            pipe.send(timed_round(work, alone))
+            pipe.send(timed_round(ready.work, alone))
     except EOFError:  # the parent has gone
         pass
     except ImportError as error:
@@ -354,8 +356,10 @@ def table(result: dict) -> str:
         else:
             lines.append(f"| {name} | {' | '.join(figures_of(row))} |")
     lines.append("")
-    if result["remark"]:
-        lines += [result["remark"], ""]
+    notes = [row.get("note") for row in result["rows"].values()]
+    for text in [result["remark"], *notes]:
+        if text:
+            lines += [text, ""]
     return "\n".join(lines)
 
 

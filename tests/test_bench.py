@@ -11,6 +11,7 @@ from tools import ROOT, run_python
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench  # noqa: E402
+import gpu  # noqa: E402
 import harness  # noqa: E402
 from harness import Case, Ready, Setting, run_case, table  # noqa: E402
 
@@ -117,6 +118,30 @@ def test_the_command_measures_data_and_writes_json(tmp_path):
     assert not any(row["fault"] for row in case["rows"].values())
     assert table(case) in done.stdout
     assert table(case) in file.with_suffix(".md").read_text()
+
+
+def test_a_profile_says_the_longest_kernels_and_how_long_none_ran():
+    kernels = [gpu.Kernel("a|b", 0, 3000), gpu.Kernel("c", 1000, 6000), gpu.Kernel("c", 9000, 12e3)]
+    text = gpu.describe(kernels).splitlines()
+    assert text[0].startswith("A step took 4.0 ms; in 25.0% of it no kernel ran. 1 kernels a step")
+    assert text[4:] == ["| `c` | 0.667 | 2.67 | 66.7% |", "| `a¦b` | 0.333 | 1.00 | 25.0% |"]
+
+
+def test_the_subject_gpu_measures_what_it_promises(tmp_path):
+    """Its optimizers and its scoring run here. The rest is compiled, or a case of the others."""
+    cases = {case.title: case for case in gpu.gpu(Setting("cpu", "float32", tmp_path, tiny=True))}
+    assert len(cases) == 6
+    for case in cases.values():
+        for name, (function, *arguments) in case.contenders.items():
+            if function in (gpu.optimizer_steps, gpu.score_ours):
+                function(*arguments).work()
+            assert "transformers" not in name or case.title.startswith("train")
+
+
+def test_the_subject_gpu_wants_one():
+    done = run_python("benchmarks/bench.py", "gpu", "--device", "cpu")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: gpu without a GPU")
 
 
 def test_nothing_outside_imports_from_benchmarks():
