@@ -513,9 +513,8 @@ class Config:
     style: Style = "completion"  # The convention of scoring, see above.
     # The items: JSON lines with ctx, endings, label; for harness also activity_label, ctx_a, ctx_b.
     data: Annotated[Path | None, official_file] = None
-    limit: Annotated[int | None, Range(1), all_items] = (
-        None  # Score only so many items, from the first on.
-    )
+    # Score only so many items, from the first on.
+    limit: Annotated[int | None, Range(1), all_items] = None
     device: str = "auto"  # Compute on cuda, mps or cpu; auto takes the first that is there.
     # The precision of matrix products; auto takes bfloat16 where the hardware multiplies it.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -42,6 +42,7 @@ from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
 from model import GPT, SIZES, GPTConfig, KVCache, NextTokenLoss
 from sample import load_model, sample_text
 from support import launch, plan, report, run_directory
+from support.huggingface import load_into
 from support.mixture import parse_data
 from support.network import check_network
 from support.optimizer import (
@@ -872,7 +873,7 @@ def load_weights(
 ) -> None:
     """Put the weights of a checkpoint, or of --init-from, into the model. Else fresh ones stay."""
     if checkpoint:
-        model.load_state_dict(checkpoint.weights)
+        load_into(model, checkpoint.folder, checkpoint.config, checkpoint.weights)
         rt.say(f"weights        {checkpoint.folder}")
     elif config.init_from:
         found, encoding, picked = load_model(config.init_from)

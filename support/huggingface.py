@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tiktoken.load import read_file_cached
 
 from support.files import plain_name, read_bytes, read_json, sync, write_file
-from support.network import PROBE_OF_GPT2, same_probe, with_weights
+from support.network import PROBE_OF_GPT2, probe, same_probe, with_weights
 from support.script import UserError, require, say, shown
 
 WEIGHTS = "model.safetensors"
@@ -37,8 +37,8 @@ HEAD = "lm_head.weight"
 # Hugging Face's GPT-2 stores these four as [in, out] ("Conv1D"), the transpose of nn.Linear.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-# <|endoftext|> begins and ends a text. It is the last token of both encodings, bytes and gpt2.
-END_OF_TEXT_IDS = {257: 256, 50257: 50256}
+# <|endoftext|> begins and ends a text. It is the last token of both encodings.
+END_OF_TEXT_IDS = {"bytes": 256, "gpt2": 50256}
 
 # ----------------------------------------------------------------------------------- configuration
 
@@ -85,8 +85,8 @@ def save_config(folder: Path, config: dict) -> None:
     values["n_positions"] = values["n_ctx"] = block_size
     dropout = values.pop("dropout")
     values["embd_pdrop"] = values["attn_pdrop"] = values["resid_pdrop"] = dropout
-    if values["vocab_size"] in END_OF_TEXT_IDS:
-        end_of_text = END_OF_TEXT_IDS[values["vocab_size"]]
+    end_of_text = END_OF_TEXT_IDS.get(values.get("encoding"), values["vocab_size"] - 1)
+    if end_of_text in END_OF_TEXT_IDS.values():
         values = {"bos_token_id": end_of_text, "eos_token_id": end_of_text} | values
     if not same_probe(values["network_probe"], PROBE_OF_GPT2):
         values |= EDITED
@@ -181,27 +181,32 @@ def save_model(folder: str | os.PathLike, config: dict, tensors: dict[str, torch
 
 
 def load_model(
-    folder: Path,
-    config: dict,
-    build: Callable[[], torch.nn.Module],
-    network_probe: list[float],
-    tensors: dict[str, torch.Tensor] | None = None,
+    folder: Path, config: dict, build: Callable[[], torch.nn.Module], network_probe: list[float]
 ) -> torch.nn.Module:
     """The network that `build` makes with the weights of a directory, in evaluation mode.
 
-    config: of the directory, from `read_config`. network_probe: of the network. Where the two are
-    of different networks, weights are loaded as far as names agree, and a warning says so.
-    tensors: the weights, by the network's names, where the caller has read them already.
+    config: from `read_config`. network_probe: of the network. Where the two are of different
+    networks, weights are loaded as far as names agree, and a warning says so.
     """
     is_same = same_probe(config["network_probe"], network_probe)
     with torch.device("meta"):
         state = build().state_dict()
-    if tensors is None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        tensors = read_weights(folder, shapes, strict=is_same)
-    else:
-        compare_names(folder, tensors.keys(), state.keys(), strict=is_same)
-    return with_weights(build, tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return with_weights(build, read_weights(folder, shapes, strict=is_same))
+
+
+def load_into(
+    model: torch.nn.Module, folder: Path, config: dict, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put the weights of a checkpoint, which have been read already, into a network.
+
+    Names must agree, since the optimizer's moments have the same. Where the network computes
+    something else than the one that saved them, a warning says so.
+    """
+    compare_names(folder, tensors.keys(), model.state_dict().keys(), strict=True)
+    if not same_probe(config["network_probe"], probe(model.tiny)):
+        compare_names(folder, tensors.keys(), tensors.keys(), strict=False)
+    model.load_state_dict(tensors)
 
 
 @dataclass(frozen=True)

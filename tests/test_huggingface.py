@@ -398,6 +398,19 @@ def test_what_only_one_network_has_is_named(model, saved, tmp_path, capfd):
     assert "not in this network, and left out: scale" in capfd.readouterr().err
 
 
+def test_a_checkpoint_is_continued_by_its_network_or_with_a_word(saved, monkeypatch, capfd):
+    weights = load_file(saved / "model.safetensors")
+    weights = {n: t.t() if n.endswith(TRANSPOSED) else t for n, t in weights.items()}
+    config = read_config(saved)
+    with pytest.raises(UserError, match="missing weights: scale"):
+        huggingface.load_into(Wider(CONFIG), saved, config, weights)
+    huggingface.load_into(GPT(CONFIG), saved, config, weights)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: x)
+    huggingface.load_into(GPT(CONFIG), saved, config, weights)
+    assert "saved by another network" in capfd.readouterr().err
+
+
 class Untied(GPT):
     """GPT-2 with a head of its own."""
 
