@@ -248,8 +248,7 @@ def stream_text(
 COMPILE_REPAID = 10_000  # new tokens; an estimate: 30 s once, a few ms saved a token
 
 newest_run = tyro.conf.arg(help_behavior_hint="(default: the newest run under runs/)")
-
-
+all_tokens = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: all tokens)")
 no_file = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: no file)")
 
 
@@ -268,8 +267,8 @@ class SampleConfig:
     temperature: Annotated[float, Range(0, math.inf, below=True)] = 0.8
     # Draw from this many of the likeliest tokens; None: all.
     top_k: Annotated[int | None, Range(1)] = 50
-    # Draw from the fewest likeliest tokens that reach this probability together; None: all.
-    top_p: Annotated[float | None, Range(0, 1, above=True)] = None
+    # Draw from the fewest likeliest tokens that reach this probability together.
+    top_p: Annotated[float | None, Range(0, 1, above=True), all_tokens] = None
     # The same seed gives the same text on the same machine.
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"  # Compute on cuda, mps or cpu; auto takes the first that is there.
