@@ -265,8 +265,8 @@ class SampleConfig:
     max_new_tokens: Annotated[int, Range(1)] = 200
     # Below 1 favours likely tokens; 0 always takes the likeliest.
     temperature: Annotated[float, Range(0, math.inf, below=True)] = 0.8
-    # Draw from this many of the likeliest tokens; None: all.
-    top_k: Annotated[int | None, Range(1)] = 50
+    # Draw from this many of the likeliest tokens; None: from all.
+    top_k: Annotated[int | None, Range(1), tyro.conf.arg(metavar="INT")] = 50
     # Draw from the fewest likeliest tokens that reach this probability together.
     top_p: Annotated[float | None, Range(0, 1, above=True), all_tokens] = None
     # The same seed gives the same text on the same machine.
