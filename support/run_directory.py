@@ -6,17 +6,8 @@
     runs/gpt2/step_001000/      a checkpoint: the model after exactly 1,000 updates
     runs/gpt2/best.json         the step of lowest validation loss, where the run keeps it
 
-A checkpoint is a Hugging Face GPT-2 directory with three files more: optimizer.safetensors,
-state.json and manifest.json, which lists every file with its size and sha256.
-
-How it is committed. All files are written under a temporary name and flushed to the disk, the
-manifest last. Then the directory is flushed, and one rename gives it its name. A crash at any
-moment leaves the whole checkpoint or none.
-
-What makes it valid. Every file that the manifest lists has the listed size and hash, and all
-weights and moments are finite. A run is continued from its newest valid checkpoint.
-
-This file knows nothing of GPT. Weights and moments are dicts of tensors, by name.
+A run is continued from its newest valid checkpoint; support/checkpoint.py says what makes one.
+One process writes a run: it holds the lock of the directory. Reading needs none.
 """
 
 import contextlib
@@ -33,95 +24,46 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import tiktoken
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor
 
+from support.checkpoint import (
+    ANOTHER,
+    MODEL_FILES,
+    SCHEMA,
+    Checkpoint,
+    check_finite,
+    commit_checkpoint,
+    cpu_copies,
+    fault_in,
+    fault_of,
+    load_checkpoint,
+    step_name,
+    step_number,
+)
 from support.files import (
     file_sha256,
     locked,
     plain_name,
-    read_bytes,
     read_json,
     read_jsonl,
     remove,
     remove_leftovers,
-    sync,
     write_file,
 )
-from support.huggingface import (
-    CARD,
-    TRANSPOSED,
-    read_config,
-    save_model,
-    save_tokenizer,
-    write_model_card,
-)
+from support.huggingface import read_config
 from support.ranks import Ranks
 from support.script import Stopped, UserError, require, say, shown
 from support.shards import ENCODINGS
 
-SCHEMA = 2  # of state.json; another one is refused
-WEIGHTS = "model.safetensors"
-MOMENTS = "optimizer.safetensors"
-MODEL_FILES = ("config.json", WEIGHTS)  # what sampling and scoring read
-CHECKPOINT_FILES = (*MODEL_FILES, MOMENTS, "state.json")  # what continuing a run reads
-
 # The shapes of the JSON files; see files.read_json.
-STATE = {
-    "schema": int,
-    "step": int,
-    "elapsed": float,
-    "data": str,
-    "train_json": str,
-    "tokens?": int,  # read up to here, as the log counts them
-    "samples?": int,  # windows seen up to here; a fork goes on with the next one
-    "spikes?": {"losses": [float], "left_out": int},  # see support/spikes.py
-}
-MANIFEST = {"files": {str: {"size": int, "sha256": str}}}
 BEST = {"step": int, "val_loss": float}
 ORIGIN = {"run": str, "step": int, "samples": int, "weights": str}
-
-ANOTHER = "expected the files that were saved; use another checkpoint of the run"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint in memory: as its manifest says, finite, on the CPU."""
-
-    folder: Path
-    config: dict  # of config.json, as huggingface.read_config gives it
-    state: dict  # of state.json
-    weights_sha256: str  # of model.safetensors
-    weights: dict[str, Tensor]  # by name of the parameter, linears as [out, in]
-    moments: dict[str, Tensor]  # as they were given to `save`
-    logged: frozenset[str] = frozenset()  # the events of this step that the log tells of
-
-    @property
-    def step(self) -> int:
-        return self.state["step"]
-
-    def without_tensors(self) -> "Checkpoint":
-        """What the other ranks need to know; rank 0 sends them the tensors."""
-        return replace(self, weights={}, moments={})
-
-    def as_origin(self, samples: int) -> dict:
-        """What train.json of a fork says about this checkpoint.
-
-        samples: how many samples the run had seen.
-        """
-        return {
-            "run": str(self.folder.parent),
-            "step": self.step,
-            "samples": samples,
-            "weights": self.weights_sha256,
-        }
 
 
 class RunDirectory:
@@ -149,8 +91,8 @@ class RunDirectory:
         self.elapsed = 0.0  # seconds of training, evaluations and saves excluded
         self.last_saved: int | None = None
         self.logged: frozenset[str] = frozenset()  # events of `step` that are done already
+        self.validation_losses: dict[int, float] = {}  # by step; rank 0 knows them
         self._lock = contextlib.ExitStack()
-        self._is_new = False  # whether this process has made the directory
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._commit: Future | None = None  # the checkpoint that is being written
         self._log_error: OSError | None = None  # why a line of the log could not be written
@@ -162,8 +104,6 @@ class RunDirectory:
         if isinstance(error, Stopped) and error.at_once:
             return  # the process is about to end, and with it the writer and the lock
         self._writer.shutdown()
-        if self._is_new:
-            remove_if_empty(self.folder)
         self._lock.close()
 
     # Beginning, on rank 0: `claim`, then `begin` or `load_newest`. On all ranks: `continue_from`.
@@ -173,8 +113,10 @@ class RunDirectory:
 
         may_hold_run: whether a run that is there already is welcome, or refused with a UserError.
         """
-        self._is_new = not self.folder.exists()
+        is_new = not self.folder.exists()
         self._lock.enter_context(locked(self.folder))
+        if is_new:  # what is entered last is left first: with the lock still held
+            self._lock.callback(remove_if_unused, self.folder)
         if not may_hold_run and (is_run(self.folder) or step_directories(self.folder)):
             self._lock.close()
             raise UserError(
@@ -194,6 +136,7 @@ class RunDirectory:
             copy_log(Path(origin["run"]), self.folder, origin["step"])
         else:
             begin_log(self.folder, self.say)
+        self.validation_losses = validation_losses(self.folder)
         values = config | {"origin": origin, "started": provenance(device)}
         write_file(self.folder / "train.json", (json.dumps(values, indent=2) + "\n").encode())
 
@@ -207,14 +150,17 @@ class RunDirectory:
         remove_leftovers(self.folder)
         read_best(self.folder)  # what is wrong with it is said now, not at the first save
         checkpoint = newest_valid(self.folder, self.say)
-        if checkpoint is None:
-            return go_back_to_origin(self.folder, self.say)
-        check_train_json(checkpoint)
-        for folder in step_directories(self.folder):
-            if step_number(folder) > checkpoint.step:
-                set_aside(folder)
-        cut_log(self.folder, checkpoint.step, self.say)
-        return with_events(checkpoint)
+        if checkpoint:
+            check_train_json(checkpoint)
+            for folder in step_directories(self.folder):
+                if step_number(folder) > checkpoint.step:
+                    set_aside(folder)
+            cut_log(self.folder, checkpoint.step, self.say)
+            checkpoint = with_events(checkpoint)
+        else:
+            checkpoint = go_back_to_origin(self.folder, self.say)
+        self.validation_losses = validation_losses(self.folder)
+        return checkpoint
 
     def continue_from(self, checkpoint: Checkpoint) -> None:
         """Take over step, tokens and time of a checkpoint, of this run or of one that is forked."""
@@ -238,6 +184,8 @@ class RunDirectory:
             append(self.folder / "log.jsonl", line, flush_to_disk=event != "train")
         except OSError as error:
             self._log_error = self._log_error or error
+        if event == "eval":
+            self.validation_losses[step] = values["val_loss"]
         for listener in self.listeners:
             listener(event, step, values)
 
@@ -289,8 +237,10 @@ class RunDirectory:
         self.log("save", step, seconds=round(time.perf_counter() - began, 3))
         self.wait_for_commit()
 
+        card = card_of(self.folder, state, self.validation_losses)
+
         def commit() -> None:
-            commit_checkpoint(self.folder, config, weights, moments, encoding, state=state)
+            commit_checkpoint(self.folder, config, weights, moments, encoding, card, state)
             prune(self.folder, keep, spare)
 
         self._commit = self._writer.submit(commit)
@@ -365,94 +315,7 @@ def try_to_claim(run: RunDirectory, may_hold_run: bool, may_be_taken: bool) -> b
     return True
 
 
-# ---------------------------------------------------------------------------------- committing
-
-
-def cpu_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, which later updates do not touch."""
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
-    }
-
-
-def check_finite(place: str, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError where a tensor holds NaN or Inf: a ruined model is never saved or used."""
-    for name, tensor in tensors.items():
-        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-            raise UserError(
-                f"{place}: {name} holds NaN or Inf; expected finite weights and moments; continue "
-                "from an earlier checkpoint with a lower learning rate"
-            )
-
-
-def commit_checkpoint(
-    run: Path,
-    config: dict,
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    encoding: tiktoken.Encoding,
-    state: dict,
-) -> Path:
-    """Write `run/step_%06d` as the head of this file says."""
-    target = run / step_name(state["step"])
-    temporary = run / f".{target.name}.tmp"
-    remove(temporary)
-    temporary.mkdir()  # fails if somebody has put something there meanwhile
-    write_card(temporary, run, config, weights, state)
-    write_checkpoint_files(temporary, config, weights, moments, encoding, state)
-    remove(target)  # only ever a damaged one: from a valid one the run would have gone on
-    os.rename(temporary, target)
-    sync(run)
-    return target
-
-
-def write_checkpoint_files(
-    folder: Path,
-    config: dict,
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    encoding: tiktoken.Encoding,
-    state: dict,
-) -> None:
-    """Every file of a checkpoint, on disk; manifest.json last."""
-    save_model(folder, config, weights)
-    save_tokenizer(encoding, folder, config["block_size"])
-    write_file(folder / "state.json", (json.dumps(state, indent=2) + "\n").encode())
-    file = folder / MOMENTS
-    try:
-        save_file(moments, file)
-    except SafetensorError as error:  # it is raised for a full disk too, and names no file
-        raise OSError(f"{file}: {error}") from None
-    shutil.copymode(folder / "state.json", file)  # safetensors lets only the owner read it
-    files = {}
-    for file in sorted(folder.iterdir()):
-        if file.name == CARD:
-            continue  # people edit it, and a checkpoint whose card was edited is whole
-        sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
-    write_file(folder / "manifest.json", (json.dumps({"files": files}, indent=2) + "\n").encode())
-    sync(folder)
-
-
-def write_card(
-    folder: Path, run: Path, config: dict, weights: dict[str, Tensor], state: dict
-) -> None:
-    """A checkpoint's README.md, from what train.json and the log say of its run."""
-    shape = {"data?": [str], "init_from?": str, "started?": {"command?": str}}
-    begun = read_json(run / "train.json", shape)
-    evaluations = [entry for entry in log_entries(run) if entry["event"] == "eval"]
-    write_model_card(
-        folder,
-        config,
-        sum(tensor.numel() for tensor in weights.values()),
-        name=f"{run.resolve().name}, step {state['step']:,}",
-        step=state["step"],
-        tokens=state["tokens"],
-        data=", ".join(begun.get("data", ["unknown data"])),
-        losses=[(entry["step"], entry["val_loss"]) for entry in evaluations],
-        command=begun.get("started", {}).get("command", "python train_gpt2.py"),
-        base_model=begun.get("init_from", ""),
-    )
+# --------------------------------------------------------------------- the checkpoints of a run
 
 
 def prune(run: Path, keep: int, spare: Iterable[int] = ()) -> None:
@@ -480,10 +343,19 @@ def prune(run: Path, keep: int, spare: Iterable[int] = ()) -> None:
             say(f"warning: {error.filename}: not removed ({error.strerror}); training goes on")
 
 
-def remove_if_empty(run: Path) -> None:
-    """Remove a directory in which no run has begun, as by a start that found no data."""
-    if set(os.listdir(run)) <= {".lock", ".lock-holder"}:
-        remove(run)
+def card_of(run: Path, state: dict, losses: dict[int, float]) -> dict:
+    """What a checkpoint's model card says of its run; see huggingface.write_model_card."""
+    begun = read_json(run / "train.json", {})
+    data = begun.get("data", "unknown data")
+    return {
+        "name": f"{run.resolve().name}, step {state['step']:,}",
+        "step": state["step"],
+        "tokens": state["tokens"],
+        "data": data if isinstance(data, str) else ", ".join(data),
+        "losses": sorted(losses.items()),
+        "command": begun.get("started", {}).get("command", "python train_gpt2.py"),
+        "base_model": begun.get("init_from", ""),
+    }
 
 
 def set_aside(folder: Path) -> None:
@@ -493,30 +365,11 @@ def set_aside(folder: Path) -> None:
     folder.rename(target)
 
 
-# ------------------------------------------------------------------------- verifying and loading
-
-
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, each of its tensor files read once: hashed, loaded, checked for NaN and Inf.
-
-    Raises UserError or OSError where it is not valid.
-    """
-    files = read_manifest(folder, CHECKPOINT_FILES)
-    for name in files.keys() - {WEIGHTS, MOMENTS}:
-        verify(folder / name, files[name])
-    state = read_state(folder)
-    weights = load_tensors(folder / WEIGHTS, files[WEIGHTS])
-    return Checkpoint(
-        folder,
-        config=read_config(folder),
-        state=state,
-        weights_sha256=files[WEIGHTS]["sha256"],
-        weights={
-            name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-            for name, tensor in weights.items()
-        },
-        moments=load_tensors(folder / MOMENTS, files[MOMENTS]),
-    )
+def remove_if_unused(folder: Path) -> None:
+    """Remove a directory in which no run was begun, as by a start that found no data."""
+    with contextlib.suppress(OSError):
+        if set(os.listdir(folder)) <= {".lock", ".lock-holder"}:
+            shutil.rmtree(folder)
 
 
 def with_events(checkpoint: Checkpoint) -> Checkpoint:
@@ -524,63 +377,6 @@ def with_events(checkpoint: Checkpoint) -> Checkpoint:
     entries = log_entries(checkpoint.folder.parent)
     events = frozenset(entry["event"] for entry in entries if entry["step"] == checkpoint.step)
     return replace(checkpoint, logged=events)
-
-
-def read_manifest(folder: Path, needed: Iterable[str]) -> dict[str, dict]:
-    """Size and sha256 of a checkpoint's files, by name. The needed ones are among them."""
-    file = folder / "manifest.json"
-    files = read_json(file, MANIFEST)["files"]
-    for name in needed:
-        require(name in files, f"{file}: does not list {name}; {ANOTHER}")
-    for name in files:
-        require(plain_name(name), f"{file}: lists {name!r}, which is no plain file name; {ANOTHER}")
-    return files
-
-
-def verify(file: Path, entry: dict) -> None:
-    """Raise UserError unless a file has the size and the hash that the manifest says."""
-    is_whole = file_size(file) == entry["size"] and file_sha256(file) == entry["sha256"]
-    require(is_whole, f"{file}: damaged; {ANOTHER}")
-
-
-def load_tensors(file: Path, entry: dict) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which is read once. Raises UserError like `verify`."""
-    require(file_size(file) == entry["size"], f"{file}: damaged; {ANOTHER}")
-    content = read_bytes(file, limit=entry["size"])
-    is_whole = hashlib.sha256(content).hexdigest() == entry["sha256"]
-    require(is_whole, f"{file}: damaged; {ANOTHER}")
-    try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise UserError(f"{file}: {error}; {ANOTHER}") from None
-    check_finite(str(file), tensors)
-    return tensors
-
-
-def file_size(file: Path) -> int:
-    """Its size; -1 where there is none."""
-    return file.stat().st_size if file.exists() else -1
-
-
-def fault_of(folder: Path, names: Iterable[str] = ()) -> str | None:
-    """What is wrong with the files of a checkpoint, or None; their tensors are not looked at.
-
-    names: verify these files only, as reading a model does without its optimizer.
-    """
-    try:
-        files = read_manifest(folder, names or CHECKPOINT_FILES)
-        for name in names or files:
-            verify(folder / name, files[name])
-    except (UserError, OSError) as error:
-        return fault_in(error)
-    return None
-
-
-def fault_in(error: UserError | OSError) -> str:
-    """What an error says is wrong, without the remedy."""
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}"
-    return str(error).partition(";")[0]
 
 
 def newest_valid(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -649,23 +445,6 @@ def go_back_to_origin(run: Path, say: Callable[[str], None]) -> Checkpoint | Non
     return checkpoint
 
 
-def read_state(folder: Path) -> dict:
-    """state.json of a checkpoint."""
-    file = folder / "state.json"
-    state = read_json(file, STATE)
-    require(
-        state["schema"] == SCHEMA,
-        f"{file}: schema {state['schema']}; expected schema {SCHEMA}; use the version of this "
-        "program that wrote it",
-    )
-    require(
-        state["step"] == step_number(folder),
-        f"{file}: step {state['step']}; expected the step in the directory's name, {folder.name}; "
-        "use another checkpoint",
-    )
-    return state
-
-
 def check_train_json(checkpoint: Checkpoint) -> None:
     """Refuse a configuration that was edited after the checkpoint was saved."""
     file = checkpoint.folder.parent / "train.json"
@@ -678,14 +457,6 @@ def check_train_json(checkpoint: Checkpoint) -> None:
 
 
 # ------------------------------------------------------------------------------------- finding
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def step_number(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
 
 
 def step_directories(run: Path) -> list[Path]:
@@ -835,6 +606,12 @@ def is_entry(entry: dict | None) -> bool:
 def log_entries(run: Path) -> Iterator[dict]:
     """What the log tells, without lines that are torn."""
     return (entry for _, entry in read_log(run) if entry)
+
+
+def validation_losses(run: Path) -> dict[int, float]:
+    """Those that the log tells of, by step."""
+    evaluations = [entry for entry in log_entries(run) if entry["event"] == "eval"]
+    return {entry["step"]: entry.get("val_loss", math.nan) for entry in evaluations}
 
 
 def lines_up_to(run: Path, step: int) -> tuple[list[bytes], int]:

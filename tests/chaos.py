@@ -180,8 +180,8 @@ def final_state(run: Path) -> dict:
         if path.name != "log-old.jsonl":  # the log of a start that had saved nothing yet
             state["directory"].append(path.name)
     for file in sorted([*run.glob("step_*/*"), *run.glob("best.json")]):
-        # A manifest only says again what the other files hold.
-        if file.name != "manifest.json":
+        # A manifest only says again what the other files hold, and a model card has the run's name.
+        if file.name not in ("manifest.json", "README.md"):
             state[str(file.relative_to(run))] = file.read_bytes()
         if file.name == "state.json":
             state[str(file.relative_to(run))] = without_time(json.loads(file.read_text()))
@@ -234,10 +234,11 @@ def mark_saves(scratch: Path) -> None:
 
     real = run_directory.commit_checkpoint
 
-    def commit(run, *files, state):
+    def commit(run, *files):
+        state = files[-1]
         mark = scratch / f"step_{state['step']:06d}"
         mark.touch()
-        real(run, *files, state=state)
+        real(run, *files)
         mark.unlink()
 
     run_directory.commit_checkpoint = commit
@@ -245,16 +246,16 @@ def mark_saves(scratch: Path) -> None:
 
 def hold_up_the_commit(seconds: float) -> None:
     """In a rank: have the save of step 4 take so much longer, when all its files are written."""
-    from support import run_directory
+    from support import checkpoint
 
-    real = run_directory.write_checkpoint_files
+    real = checkpoint.write_checkpoint_files
 
     def write_slowly(folder, *args):
         real(folder, *args)
         if "step_000004" in folder.name:
             time.sleep(seconds)
 
-    run_directory.write_checkpoint_files = write_slowly
+    checkpoint.write_checkpoint_files = write_slowly
 
 
 def is_in_save(run: Path, scratch: Path) -> bool:

@@ -30,7 +30,7 @@ from tools import read_log, torchrun, write_bytes_data
 
 import hellaswag
 import train_gpt2
-from support import run_directory
+from support import checkpoint, run_directory
 from support.spikes import SpikeGuard
 
 CALM_FLAGS = """
@@ -268,7 +268,7 @@ def test_a_bit_that_flips_in_one_rank_is_noticed_before_it_is_saved(
 
 def fill_the_disk_for_the_writer() -> None:
     """The thread that writes the checkpoint meets it."""
-    run_directory.save_file = full_disk
+    checkpoint.save_file = full_disk
 
 
 def fill_the_disk_for_the_copy() -> None:
@@ -393,7 +393,7 @@ def test_a_run_directory_that_is_newer_on_another_rank_is_refused(data, tmp_path
         assert ranks.wait(60) == [2, 2]
     text = error_of(ranks)
     assert "run: rank 1 sees step_000006 there, and rank 0 no checkpoint" in text
-    assert not (tmp_path / "rank-0/run/train.json").exists()
+    assert not (tmp_path / "rank-0/run").exists()
 
 
 def test_bad_input_that_only_rank_0_reads_ends_all_ranks_with_one_line(tmp_path):

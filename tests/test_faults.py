@@ -20,7 +20,7 @@ from chaos import differences, final_state, hold_up_the_commit, run_ranks, start
 from tools import start_script, write_bytes_data
 
 import train_gpt2
-from support import optimizer, run_directory
+from support import checkpoint, optimizer, run_directory
 from support.run_directory import RunDirectory
 from support.spikes import SpikeGuard
 
@@ -59,7 +59,7 @@ def steps_logged(run: Path) -> int:
 
 def valid_steps(run: Path) -> list[str]:
     folders = run_directory.step_directories(run)
-    return [folder.name for folder in folders if run_directory.fault_of(folder) is None]
+    return [folder.name for folder in folders if checkpoint.fault_of(folder) is None]
 
 
 def one_error_line(ranks) -> str:
@@ -127,14 +127,14 @@ def test_a_signal_during_a_background_save_lets_it_commit(data, tmp_path):
 
 
 def die_in_the_last_save() -> None:
-    real = run_directory.write_file
+    real = checkpoint.write_file
 
     def write_or_die(file, *parts):
         if ".step_000008.tmp" in str(file) and file.name == "manifest.json":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(file, *parts)
 
-    run_directory.write_file = write_or_die
+    checkpoint.write_file = write_or_die
 
 
 def test_kill_9_during_a_background_save_loses_nothing_that_a_resume_does_not_make_good(

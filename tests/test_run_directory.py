@@ -1,4 +1,4 @@
-"""Run directories: commit, verification, pruning, the log, and what `--model` picks."""
+"""Checkpoints and run directories: commit, verification, pruning, the log, forks, `--model`."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tools import tiny_model
 
 from model import GPT
-from support import files, huggingface, run_directory
+from support import checkpoint, files, huggingface, run_directory
 from support.run_directory import Checkpoint, RunDirectory, fault_of, newest_valid
 from support.script import UserError, exit_code_and_message
 from tokens import get_encoding
@@ -80,8 +80,8 @@ def run(tmp_path) -> Path:
 
 
 def test_weights_and_moments_come_back_to_the_last_bit(run, pair):
-    checkpoint = run_directory.load_checkpoint(save(run, 1, pair))
-    for saved, loaded in zip(pair, (checkpoint.weights, checkpoint.moments), strict=True):
+    found = checkpoint.load_checkpoint(save(run, 1, pair))
+    for saved, loaded in zip(pair, (found.weights, found.moments), strict=True):
         assert saved.keys() == loaded.keys()
         assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
@@ -98,9 +98,9 @@ def test_updates_during_a_background_save_do_not_reach_the_checkpoint(run, monke
     real = run_directory.commit_checkpoint
     may_write = threading.Event()
 
-    def commit_later(*args, **kwargs):
+    def commit_later(*args):
         assert may_write.wait(60)
-        real(*args, **kwargs)
+        real(*args)
 
     monkeypatch.setattr(run_directory, "commit_checkpoint", commit_later)
     with RunDirectory(run, 512, writes=True, say=print) as directory:
@@ -109,7 +109,7 @@ def test_updates_during_a_background_save_do_not_reach_the_checkpoint(run, monke
             tensor.add_(1)
         may_write.set()
         directory.wait_for_commit()
-    saved = run_directory.load_checkpoint(run / "step_000001")
+    saved = checkpoint.load_checkpoint(run / "step_000001")
     assert all(torch.equal(t, before[name]) for name, t in (saved.weights | saved.moments).items())
 
 
@@ -162,7 +162,7 @@ CALLS = (
     (os, "unlink"),
     (os, "rmdir"),
     (huggingface, "save_file"),
-    (run_directory, "save_file"),
+    (checkpoint, "save_file"),
     (run_directory, "open"),
     (files, "open"),
 )
@@ -287,7 +287,7 @@ def test_a_failed_background_save_is_known_without_waiting_and_raised_by_who_wai
     with RunDirectory(run, 512, writes=True, say=print) as directory:
         (run / ".step_000001.tmp").write_text("")  # removed first
         full = OSError(errno.ENOSPC, "full", "there")
-        with mock.patch.object(run_directory, "save_file", side_effect=full):
+        with mock.patch.object(checkpoint, "save_file", side_effect=full):
             save_in(directory, 1, pair)
             directory._commit.exception()  # returns when the commit has ended
             assert directory.has_failed()
@@ -371,14 +371,14 @@ def test_a_checkpoint_whose_file_cannot_be_read_is_skipped(run, pair, monkeypatc
     """EIO in the newest one must not end the resume."""
     save(run, 1, pair)
     save(run, 2, pair)
-    real = run_directory.read_bytes
+    real = checkpoint.read_bytes
 
     def fail_in_step_2(file, limit):
         if file.parent.name == "step_000002":
             raise OSError(errno.EIO, "Input/output error", str(file))
         return real(file, limit)
 
-    monkeypatch.setattr(run_directory, "read_bytes", fail_in_step_2)
+    monkeypatch.setattr(checkpoint, "read_bytes", fail_in_step_2)
     warnings = []
     assert newest_valid(run, warnings.append).step == 1
     assert "step_000002/model.safetensors: Input/output error" in warnings[0]
@@ -389,13 +389,13 @@ def test_a_state_of_another_schema_is_refused(run, pair):
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"schema": 99}))
     with pytest.raises(UserError, match="schema 99"):
-        run_directory.read_state(folder)
+        checkpoint.read_state(folder)
 
 
 def test_a_checkpoint_under_another_steps_name_is_refused(run, pair):
     save(run, 1, pair).rename(run / "step_000009")
     with pytest.raises(UserError, match="step 1"):
-        run_directory.read_state(run / "step_000009")
+        checkpoint.read_state(run / "step_000009")
 
 
 # --------------------------------------------------------------------------- pruning, setting aside
@@ -574,11 +574,11 @@ def parent(run, pair) -> Path:
 
 
 def fork(parent: Path, name: str, folder: Path, tokens_per_step: int = 512) -> RunDirectory:
-    checkpoint = run_directory.checkpoint_of(parent / name, print)
+    found = run_directory.checkpoint_of(parent / name, print)
     directory = RunDirectory(folder, tokens_per_step, writes=True, say=print)
     directory.claim(may_hold_run=False)
-    directory.begin({}, CPU, checkpoint.as_origin(samples=16 * checkpoint.step))
-    directory.continue_from(checkpoint)
+    directory.begin({}, CPU, found.as_origin(samples=16 * found.step))
+    directory.continue_from(found)
     return directory
 
 
@@ -616,9 +616,9 @@ def test_a_fork_with_another_batch_counts_its_tokens_on(parent, tmp_path):
 def test_a_fork_that_has_saved_nothing_goes_back_to_the_checkpoint_it_began_with(parent, tmp_path):
     with fork(parent, "step_000001", tmp_path / "fork") as directory:
         directory.log("train", 2)
-    checkpoint = resume(tmp_path / "fork")
-    assert checkpoint.folder == parent / "step_000001"
-    assert checkpoint.logged == {"train", "save"}
+    found = resume(tmp_path / "fork")
+    assert found.folder == parent / "step_000001"
+    assert found.logged == {"train", "save"}
     assert events(tmp_path / "fork") == [("train", 1), ("save", 1)]
 
 
@@ -730,13 +730,13 @@ def test_inference_works_without_the_optimizers_state(run, pair):
 def test_inference_hashes_only_the_models_files(run, pair, monkeypatch):
     save(run, 1, pair)
     hashed = []
-    real = run_directory.file_sha256
+    real = checkpoint.file_sha256
 
     def note(file):
         hashed.append(file.name)
         return real(file)
 
-    monkeypatch.setattr(run_directory, "file_sha256", note)
+    monkeypatch.setattr(checkpoint, "file_sha256", note)
     run_directory.resolve_model(str(run))
     assert hashed == ["config.json", "model.safetensors"]
 
