@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tools import ROOT, run_main, run_python, save_tiny_model, tiny_model
+from tools import ROOT, run_main, run_python, tiny_model
 
 import fineweb
 import hellaswag
@@ -22,7 +22,6 @@ import sample
 import train_gpt2
 from model import GPT
 from support import plot, report, run_directory
-from tokens import open_data
 
 TINY = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--seq-len", 32, "--max-steps", 2)
 TINY += ("--total-batch-tokens", 256, "--micro-batch", 4, "--eval-tokens", 500)
@@ -58,7 +57,7 @@ def train(*args) -> int:
     return run_main(train_gpt2.main, *TINY, *args)
 
 
-# -------------------------------------------------------------------- 1. a path is not a string
+# --------------------------------------------------------------------------- a path is not a string
 
 
 @pytest.mark.parametrize(
@@ -84,33 +83,17 @@ class Rank0:
         pass
 
 
-# -------------------------------------------------- 2. what is not the format must not become text
+# ------------------------------------------------------ what is not the format must not become text
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_text_in_another_encoding_is_refused_by_training_with_its_name(encoding, text, capsys):
-    text.write_text("It was a dark and stormy night. " * 100, encoding=encoding)
+def test_text_in_another_encoding_is_refused_by_training_with_its_name(text, capsys):
+    text.write_text("It was a dark and stormy night. " * 100, encoding="utf-16")
     assert train("--data", text) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "novel.txt" in error and "not UTF-8" in error
 
 
-def test_training_reads_a_csv_of_texts_and_not_its_syntax(in_tmp):
-    rows = ["id,text"] + [f'{i},"one, two"' for i in range(400)]
-    (in_tmp / "rows.CSV").write_text("\n".join(rows))
-    assert train("--data", "rows.CSV", "--save-every", 0, "--out", "run") == 0
-    (folder,) = (in_tmp / "data").iterdir()
-    tokens = np.asarray(open_data(folder).train.read(0, 18)).tolist()
-    assert tokens == [256, *b"one, two", 256, *b"one, two"]
-
-
-def test_the_mark_that_windows_editors_put_before_a_text_is_none_of_it(in_tmp):
-    (in_tmp / "a.txt").write_text("one two three", encoding="utf-8-sig")
-    folder = fineweb.tokens_for("a.txt", "bytes", say=Rank0.say)
-    assert open_data(folder).train.read(0, 4).tolist() == [256, *b"one"]
-
-
-# ---------------------------------------------------- 3. and 15. the model's tokenizer, other tools
+# --------------------------------------------------------------- the model's tokenizer, other tools
 
 
 def test_lm_eval_scores_a_step_directory_of_bytes_as_we_do(finished, tmp_path):
@@ -173,7 +156,7 @@ def test_a_model_with_more_rows_than_its_encoding_writes_text(tmp_path):
     assert run_main(sample.main, "--model", tmp_path, "--max-new-tokens", 40) == 0
 
 
-# ----------------------------------------------------------- 4. reading needs no right to write
+# ------------------------------------------------------------------ reading needs no right to write
 
 
 def test_training_on_prepared_data_leaves_them_as_they_are(finished, in_tmp):
@@ -188,17 +171,7 @@ def test_training_on_prepared_data_leaves_them_as_they_are(finished, in_tmp):
     assert state() == found
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_that_may_not_be_read_is_said_to_be_that(name, tmp_path, capsys):
-    save_tiny_model(tmp_path)
-    (tmp_path / name).chmod(0)
-    assert run_main(sample.main, "--model", tmp_path) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert name in error and "Permission denied" in error
-
-
-# ------------------------------------------------------------------ 5. what a run says of itself
+# ------------------------------------------------------------------------ what a run says of itself
 
 
 def test_sampling_passes_over_newer_runs_without_a_checkpoint(finished, in_tmp, capsys):
@@ -221,11 +194,6 @@ def test_a_name_below_runs_that_is_no_run_is_said_with_those_there_are(
     assert run_main(sample.main, "--model", name) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{name}: no such run; expected one of runs/old; " in error
-
-
-def test_resuming_what_is_not_there_says_that_a_run_is_started(text, capsys):
-    assert train("--data", text, "--resume", "--out", "runs/typo", "--save-every", 0) == 0
-    assert "no run in runs/typo yet, so it is started" in capsys.readouterr().out
 
 
 def test_a_run_without_checkpoints_offers_none(text, capsys):
@@ -263,7 +231,7 @@ def test_busy_cores_are_pointed_out_with_the_remedy(load, threads, is_said, monk
     assert ("OMP_NUM_THREADS=1" in said) == is_said
 
 
-# -------------------------------------------------------------- 6. numbers that are comparable
+# ---------------------------------------------------------------------- numbers that are comparable
 
 
 def test_evaluation_of_a_folder_reads_all_of_its_texts(finished, in_tmp, capsys):
@@ -289,7 +257,7 @@ def test_evaluation_on_one_byte_is_a_number(finished, in_tmp, capsys):
     assert float(found) == pytest.approx(expected, abs=0.02)  # the script may use bfloat16
 
 
-# ------------------------------------------------- 7. a run that can be repeated and compared
+# ---------------------------------------------------------- a run that can be repeated and compared
 
 
 def test_a_run_is_repeated_from_its_directory_with_another_seed(finished, in_tmp):
@@ -308,7 +276,7 @@ def test_the_table_of_a_folder_of_runs_can_be_read_without_a_picture(finished, i
     assert os.listdir() == []
 
 
-# -------------------------------------------------------------------- 8. fine-tuning that moves
+# --------------------------------------------------------------------------- fine-tuning that moves
 
 
 def test_the_learning_rate_of_fine_tuning_is_said_and_bounded(finished, in_tmp, capsys):
@@ -317,7 +285,7 @@ def test_the_learning_rate_of_fine_tuning_is_said_and_bounded(finished, in_tmp, 
     assert "--learning-rate is 0.001 by default" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------- 10. a changed model
+# ---------------------------------------------------------------------------------- a changed model
 
 
 def test_the_readmes_schedule_works_without_warmup_and_falls_to_zero():
@@ -341,7 +309,7 @@ def test_the_shortest_runs_have_a_learning_rate(max_steps, schedule):
     assert train_gpt2.learning_rate(0, config) == config.learning_rate
 
 
-# ------------------------------------------------------------------------- 11. environments
+# ------------------------------------------------------------------------------------- environments
 
 
 def test_without_a_compiler_one_line_names_the_flag(text):
@@ -361,35 +329,28 @@ def test_gpt2_without_its_corpus_names_the_script_that_makes_it(in_tmp, capsys):
     assert "python fineweb.py" in capsys.readouterr().err.splitlines()[-1]
 
 
-# ---------------------------------------------------------------- 12. what the help texts say
+# -------------------------------------------------------------------------- what the help texts say
 
 
 @pytest.mark.parametrize("script", [train_gpt2, fineweb, hellaswag, sample, plot])
-def test_help_has_no_values_of_the_language_in_it(script, monkeypatch, capsys):
-    """No default or kind of value that means something to a reader of Python alone."""
-    monkeypatch.setenv("COLUMNS", "300")
+def test_each_flag_has_a_help_text_of_its_own_without_values_of_python(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
     assert run_main(script.main, "--help") == 0
     shown = capsys.readouterr().out
     for words in ("(default: None)", "(default: )", "{None}", "[STR [STR", "[PATH [PATH"):
         assert words not in shown
-
-
-@pytest.mark.parametrize("script", [train_gpt2, fineweb, hellaswag, sample, plot])
-def test_each_flag_has_a_help_text_of_its_own(script, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "1000")
-    assert run_main(script.main, "--help") == 0
     texts = []
-    for line in capsys.readouterr().out.splitlines():
+    for line in shown.splitlines():
         text, found, _ = line.partition(" (default: ")
         if found:
             texts.append(re.split("  +", text)[-1])
     assert len(texts) > 1 and len(set(texts)) == len(texts)
 
 
-# -------------------------------------------------------------------------- 14. small corpora
+# ------------------------------------------------------------------------------------ small corpora
 
 
-@pytest.mark.parametrize("content", [b"", b"hi", b"\n \n", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("content", [b"", b"hi"])
 def test_a_corpus_too_small_to_train_on_is_one_line_that_names_it(content, text, capsys):
     text.write_bytes(content)
     assert train("--data", text) == 2
