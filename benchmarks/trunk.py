@@ -50,7 +50,7 @@ def planned_runs(steps: int) -> list[PlannedRun]:
     """All runs of a seed. Each comes after the one that it is forked from."""
     require(steps % 80 == 0, f"--steps {steps}; expected a multiple of 80; for example 3600")
     runs = []
-    for budget in (*BUDGETS, 2):
+    for budget in BUDGETS:
         length = round(budget * steps)
         runs.append(linear(f"linear-{budget:g}", length, ()))
     warmup = round(WARMUP * BUDGETS[0] * steps)
@@ -59,6 +59,7 @@ def planned_runs(steps: int) -> list[PlannedRun]:
         length = round(budget * steps)
         begin = round((1 - DECAY) * length)
         runs.append(wsd(f"cooled-{budget:g}", length, (), "trunk", begin))
+    runs.append(linear("linear-2", 2 * steps, ()))
     begin = round((1 - DECAY) * steps)
     runs.append(wsd("trunk-on", 2 * steps, (), "trunk", begin))
     runs.append(PlannedRun("finished-on", 2 * steps, (), "linear-1", steps))
@@ -80,8 +81,8 @@ def wsd(
 def run_all(steps: int, seeds: tuple[int, ...], results: Path, runs: Path, picture: Path) -> None:
     """Make what is missing, print the table, draw the picture."""
     folder = runs / f"trunk-{steps}"
-    for seed in seeds or SEEDS:
-        for planned in planned_runs(steps):
+    for planned in planned_runs(steps):
+        for seed in seeds or SEEDS:
             if not any(is_result_of(found, planned, seed) for found in read_results(results)):
                 out = folder / f"{planned.name}-seed{seed}"
                 train(planned, seed, steps, folder, out)
