@@ -188,7 +188,7 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame:
         file = Path(frame.f_code.co_filename)
-        if file.parent == ROOT:
+        if file.parent in (ROOT, ROOT / "support"):
             return f"{file.name}:{frame.f_lineno}"
         frame = frame.f_back
     return "backward"  # autograd has a thread of its own for each GPU
