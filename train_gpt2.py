@@ -648,7 +648,7 @@ def save(step: int, training: Training) -> None:
         return
     model_config, weights = training.model.saved_form(encoding=training.encoding.name)
     moments = state_tensors(training.model, training.optimizer)
-    rt.check_equal([*weights.values(), *moments.values()], f"step {step}")
+    rt.check_equal([*weights.values(), *moments.values()], f"step {step}: weights or moments")
     state = {
         "data": training.data.fingerprint,
         "samples": training.first_sample + (step - run.step) * config.sequences_per_step,

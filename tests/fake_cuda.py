@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from support.optimizer import (  # noqa: E402
     optimizer_tensors,
 )
 from support.runtime import Runtime, start  # noqa: E402
+from support.spikes import SpikeGuard  # noqa: E402
 from tokens import get_encoding, token_bytes  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
@@ -243,9 +245,18 @@ def score(model: GPT, rt: Runtime) -> None:
     hellaswag.evaluate(model, get_encoding("bytes"), [item] * 4, rt=rt)
 
 
-def train_step(loss_fn: NextTokenLoss, optimizer: Optimizer, rt: Runtime) -> None:
+def train_step(loss_fn: NextTokenLoss, optimizer: Optimizer, rt: Runtime) -> dict:
     batch = torch.zeros(4 * 2, T + 1, dtype=torch.long)
-    train_gpt2.train_step(loss_fn, optimizer, batch, CONFIG, rt)
+    return train_gpt2.train_step(loss_fn, optimizer, batch, CONFIG, rt)
+
+
+def three_logged_steps(loss_fn: NextTokenLoss, optimizer: Optimizer, rt: Runtime) -> None:
+    run = SimpleNamespace(elapsed=0.0, log=lambda *args, **values: None)
+    progress = SimpleNamespace(step_done=lambda *args: {})
+    training = SimpleNamespace(rt=rt, run=run, guard=SpikeGuard(skips=False))
+    updates = train_gpt2.UpdateLog(training, progress)
+    for step in range(3):
+        updates.add(step + 1, 1e-3, train_step(loss_fn, optimizer, rt))
 
 
 def run_everything() -> dict[str, dict]:
@@ -272,6 +283,7 @@ def run_everything() -> dict[str, dict]:
         load_optimizer_tensors(model, optimizer, saved, step=1)
         step = functools.partial(train_step, loss_fn, optimizer, rt)
         report[f"step after loading, {name}"] = record(step)
+    report["three logged steps"] = record(lambda: three_logged_steps(loss_fn, optimizer, rt))
     return report
 
 
