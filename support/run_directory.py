@@ -288,8 +288,28 @@ def opened(out: str, recipe: str, resume: bool, tokens_per_step: int, ranks: Ran
     for folder in directories_to_try(out, recipe):
         run = RunDirectory(folder, tokens_per_step, writes=ranks.is_main, say=ranks.say)
         if ranks.on_main(try_to_claim, run, resume, not out):
+            check_main_sees_the_newest(folder, ranks)
             return run
     raise AssertionError("there is always another directory to try")
+
+
+def check_main_sees_the_newest(folder: Path, ranks: Ranks) -> None:
+    """End all ranks where each machine has a folder of its own, and rank 0's is behind.
+
+    Rank 0 would begin anew, or go back, where it was on another machine before.
+    """
+    newest = [step_number(step) for step in step_directories(folder)[-1:]]
+    of_ranks = ranks.gather(newest)
+    ahead = of_ranks.index(max(of_ranks))
+    if of_ranks[ahead] > of_ranks[0]:
+        ranks.raise_on_all(
+            UserError(
+                f"{folder}: rank {ahead} sees step {of_ranks[ahead][0]} there, and rank 0 "
+                f"{f'step {of_ranks[0][0]}' if of_ranks[0] else 'no checkpoint'}; expected one "
+                "directory that all machines see; name one of a shared file system with --out, or "
+                "copy the checkpoint to rank 0's machine"
+            )
+        )
 
 
 def directories_to_try(out: str, recipe: str) -> Iterator[Path]:

@@ -398,7 +398,7 @@ def test_a_run_directory_that_is_newer_on_another_rank_is_refused(data, tmp_path
     with start_ranks(2, args, tmp_path / "output", prepare=prepare) as ranks:
         assert ranks.wait(60) == [2, 2]
     text = error_of(ranks)
-    assert "run: rank 1 sees step_000006 there, and rank 0 no checkpoint" in text
+    assert "run: rank 1 sees step 6 there, and rank 0 no checkpoint" in text
     assert not (tmp_path / "rank-0/run").exists()
 
 
