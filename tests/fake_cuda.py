@@ -42,6 +42,7 @@ from support.optimizer import (  # noqa: E402
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from support.report import UpdateLog  # noqa: E402
 from support.runtime import Runtime, start  # noqa: E402
 from support.spikes import SpikeGuard  # noqa: E402
 from tokens import get_encoding, token_bytes  # noqa: E402
@@ -253,8 +254,7 @@ def train_step(loss_fn: NextTokenLoss, optimizer: Optimizer, rt: Runtime) -> dic
 def three_logged_steps(loss_fn: NextTokenLoss, optimizer: Optimizer, rt: Runtime) -> None:
     run = SimpleNamespace(elapsed=0.0, log=lambda *args, **values: None)
     progress = SimpleNamespace(step_done=lambda *args: {})
-    training = SimpleNamespace(rt=rt, run=run, guard=SpikeGuard(skips=False))
-    updates = train_gpt2.UpdateLog(training, progress)
+    updates = UpdateLog(run, SpikeGuard(skips=False), progress, rt)
     for step in range(3):
         updates.add(step + 1, 1e-3, train_step(loss_fn, optimizer, rt))
 

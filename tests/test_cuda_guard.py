@@ -66,7 +66,7 @@ def test_a_training_step_never_waits_for_the_gpu(report, step):
 
 def test_the_log_waits_for_a_step_when_the_next_one_is_launched(report):
     """So of three steps it has read two."""
-    assert waits(report["three logged steps"]) == [("train_gpt2.py", "a list read", 2)]
+    assert waits(report["three logged steps"]) == [("report.py", "a list read", 2)]
 
 
 def test_an_evaluation_waits_for_the_gpu_once_a_batch(report):

@@ -399,7 +399,7 @@ def test_a_run_directory_that_is_newer_on_another_rank_is_refused(data, tmp_path
         assert ranks.wait(60) == [2, 2]
     text = error_of(ranks)
     assert "run: rank 1 sees step 6 there, and rank 0 no checkpoint" in text
-    assert not (tmp_path / "rank-0/run").exists()
+    assert not (tmp_path / "rank-0/run/train.json").exists()
 
 
 def test_bad_input_that_only_rank_0_reads_ends_all_ranks_with_one_line(tmp_path):
