@@ -545,7 +545,6 @@ SUPPORT = {
     "mixture": ("proportions", "of corpora"),
     "network": ("tells edited", "networks apart"),
     "runtime": ("device, dtype,", "kernels"),
-    "hub": ("one file", "of the hub"),
     "huggingface": ("its formats,", "in and out"),
     "shards": ("token files", "and manifests"),
     "trackers": ("Weights & Biases,", "TensorBoard"),
@@ -553,7 +552,8 @@ SUPPORT = {
     "optimizer": ("AdamW, Muon", ""),
     "documents": ("of files and", "of the hub"),
     "plan": ("what a run costs", ""),
-    "run_directory": ("log, checkpoints:", "commit, verify"),
+    "checkpoint": ("contents, commit,", "what is valid"),
+    "run_directory": ("lock, log,", "checkpoints"),
     "launch": ("what a command", "line means"),
     "report": ("what is said", "of a run"),
 }

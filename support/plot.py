@@ -78,7 +78,7 @@ UNSETTLED = 0.1  # part of a training curve, from its start, that falls steeply 
 MOST_TRAINING_CURVES = 4  # with more groups only validation is drawn, where there is any
 MOST_LABELS = 30  # of groups in a legend
 LONGEST_NAME = 30  # characters of a run's name in a legend
-LONGEST_LABEL = 88  # characters of an entry of a legend
+LONGEST_LABEL = 82  # characters of an entry of a legend
 LINE_STYLES = ("-", "--", ":", "-.")
 
 _matplotlib = threading.Lock()  # its settings are global
@@ -198,17 +198,18 @@ def read_config(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """
     shape = {"max_steps?": int, "started?": {"code?": str}}
     config = read_or_pass_over(folder / "train.json", shape, say)
-    values = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    for key, value in values.items():
+    values = {}
+    origin = config.get("origin")
+    if isinstance(origin, dict) and type(origin.get("step")) is int:
+        values = {"forked_from": str(origin.get("run")), "forked_at": origin["step"]}
+    for key, value in config.items():
         if isinstance(value, list):  # such as the paths of --data
-            values[key] = " ".join(map(str, value))
+            value = " ".join(map(str, value))
+        if not isinstance(value, dict):
+            values[key] = value
     code = config.get("started", {}).get("code")
     if code:
         values["code"] = code[:7]
-    origin = config.get("origin")
-    if isinstance(origin, dict) and type(origin.get("step")) is int:
-        values["forked_from"] = str(origin.get("run"))
-        values["forked_at"] = origin["step"]
     return values
 
 
@@ -292,9 +293,9 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The first run's name, and how many runs there are."""
+        """The first run's name, and of how many runs the curve is the mean."""
         name = self.runs[0].name
-        return name if len(self.runs) == 1 else f"{name}, mean of {len(self.runs)} runs"
+        return name if len(self.runs) == 1 else f"{name}, mean of {len(self.runs)}"
 
     @property
     def how_far(self) -> str:
@@ -355,7 +356,7 @@ def what_differs(runs: list[Run]) -> list[str]:
             differing.append(name)
     words = []
     for config in configs:
-        entries = [name for name in differing if config.get(name) is not None]
+        entries = [name for name in differing if config.get(name)]  # what is off is not named
         words.append(
             ", ".join(f"{shown(name, 30)} {shown(str(config[name]), 30)}" for name in entries)
         )
@@ -488,7 +489,10 @@ def legend_of_groups(panels: list["Panel"]) -> list[tuple]:
         ends = [panel.ends[number] for panel in panels if number in panel.ends]
         words = f" ({', '.join(ends)}{group.how_far})" if ends else ""
         label = f"{group.name}: {group.differs}" if group.differs else group.name
-        label = shown(label, LONGEST_LABEL - len(words)) + words
+        room = LONGEST_LABEL - len(words)
+        if len(label) > room:
+            label = label[:room].rpartition(", ")[0] + ", …"
+        label += words
         entries.append((line_of(color_of(number), linestyle=style_of(number)), label))
     if len(groups) > MOST_LABELS:
         entries.append((line_of("none"), f"and {len(groups) - MOST_LABELS} more"))
@@ -570,12 +574,9 @@ class Panel:
 
         words: by event, what the legend calls it. form: how its values are written.
         """
-        top = self.limit_height(list(words)) if is_bounded else np.inf
-        for number, group in enumerate(self.groups):
-            curves = {event: group.curve(event) for event in words}
-            drawn = {event: curve for event, curve in curves.items() if curve is not None}
-            if len(self.groups) > MOST_TRAINING_CURVES and len(drawn) > 1:
-                drawn.pop("train", None)
+        drawn_of_group = [self.curves_to_draw(group, list(words)) for group in self.groups]
+        top = self.limit_height(drawn_of_group) if is_bounded else np.inf
+        for number, (group, drawn) in enumerate(zip(self.groups, drawn_of_group, strict=True)):
             for event, curve in drawn.items():
                 end = format(curve.mean[-1], form)
                 self.ends[number] = f"{words[event]} {end}"
@@ -589,6 +590,14 @@ class Panel:
                 y = np.interp(x, curve.x, curve.mean)
                 style = {"marker": "D", "markersize": 6, "markerfacecolor": "white"}
                 self.mark(number, x, y, "fork", **style)
+
+    def curves_to_draw(self, group: Group, events: list[str]) -> dict[str, Curve]:
+        """A group's curves by event; of many groups not those of training, if there are others."""
+        curves = {event: group.curve(event) for event in events}
+        found = {event: curve for event, curve in curves.items() if curve is not None}
+        if len(self.groups) > MOST_TRAINING_CURVES and len(found) > 1:
+            found.pop("train", None)
+        return found
 
     def draw(self, number: int, curve: Curve, label: str, is_training: bool, top: float) -> None:
         """A group's curve, pale for training. A band says what it is the mean of."""
@@ -627,18 +636,15 @@ class Panel:
                 line = self.axes.axhline(values[layers], **style)
                 self.kinds[f"OpenAI GPT-2, same size ({values[layers]})"] = line
 
-    def limit_height(self, events: list[str]) -> float:
+    def limit_height(self, drawn_of_group: list[dict[str, Curve]]) -> float:
         """Limit the height to where the curves are once they have settled; returns the top.
 
         The first steps fall from ln V. To show them whole would flatten all that comes after. Nor
         does a group set the scale that ends above twice the lowest end: it has diverged.
         """
-        curves = [
-            (group.runs[0], curve)
-            for group in self.groups
-            for event in events
-            if (curve := group.curve(event)) is not None
-        ]
+        curves = []
+        for group, drawn in zip(self.groups, drawn_of_group, strict=True):
+            curves += [(group.runs[0], curve) for curve in drawn.values()]
         unsettled = UNSETTLED * max((curve.x[-1] for _, curve in curves), default=0)
         settled = []
         for run, curve in curves:

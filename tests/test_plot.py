@@ -149,7 +149,7 @@ def test_seeds_of_one_configuration_are_drawn_as_their_mean(tmp_path, draw):
         write_run(tmp_path / f"s{seed}", loss, seed=seed, started={"date": seed})
     write_run(tmp_path / "other", 3.4, learning_rate=1)
     figure = draw(*plot.find_runs([tmp_path]))
-    assert labels(figure)[1] == "s1, mean of 3 runs (validation 3.200)"
+    assert labels(figure)[1] == "s1, mean of 3 (validation 3.200)"
     _, _, _, validation = lines(figure.axes[0])[:4]
     np.testing.assert_allclose(validation[-2:, 1], [3.3, 3.2])
     bands = [band.get_paths()[0].vertices[:, 1] for band in figure.axes[0].collections]
@@ -176,7 +176,7 @@ def test_an_unfinished_run_stands_apart_and_says_how_far_it_came(tmp_path, draw)
     runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in (1, 2)]
     stopped = write_run(tmp_path / "s3", seed=3, steps=60)
     assert labels(draw(*runs, stopped))[:2] == [
-        "s1, mean of 2 runs (validation 3.100)",
+        "s1, mean of 2 (validation 3.100)",
         "s3 (validation 3.200 at step 60 of 100)",
     ]
     assert draw(stopped).axes[0].get_xlabel() == "training tokens, at step 60 of 100"
@@ -205,8 +205,10 @@ def test_a_diverged_run_does_not_set_the_scale(tmp_path, draw):
 
 def test_many_runs_have_a_legend_that_stays_on_the_page(tmp_path, draw):
     runs = [
-        write_run(tmp_path / f"{'long' * 20}-{number}", learning_rate=number, weight_decay=number)
-        for number in range(plot.MOST_LABELS + 2)
+        write_run(
+            tmp_path / f"shakespeare-muon-{number}", learning_rate=number, weight_decay=number
+        )
+        for number in range(1, plot.MOST_LABELS + 3)
     ]
     figure = draw(*runs[:22])
     legend = figure.legends[0].get_window_extent()
@@ -273,7 +275,7 @@ def test_forks_of_several_seeds_are_averaged(tmp_path, draw):
         write_run(tmp_path / f"branch-{seed}", 2 + seed, trunk=trunk, seed=seed)
         for seed, trunk in enumerate(trunks)
     ]
-    assert "branch-0, mean of 2 runs: forked_at 50 (validation 2.500)" in labels(
+    assert "branch-0, mean of 2: forked_at 50 (validation 2.500)" in labels(
         draw(*trunks, *branches)
     )
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import recipes  # noqa: E402
 import trunk  # noqa: E402
 from recipes import SIZES, RecipesConfig, final_trials, tuning_trials  # noqa: E402
+
+from support import launch  # noqa: E402
+from train_gpt2 import RECIPES, TrainConfig  # noqa: E402
 
 sizes = pytest.mark.parametrize("size", SIZES)
 
@@ -45,7 +48,7 @@ def test_every_chosen_rate_has_trials_on_both_sides(size):
 def test_a_finished_run_is_one_line_and_is_not_repeated(tmp_path, monkeypatch):
     tiny = replace(
         SIZES["0.8M"].config,
-        data=str(write_bytes_data(tmp_path / "data")),
+        data=(str(write_bytes_data(tmp_path / "data")),),
         n_layer=1,
         n_embd=16,
         seq_len=16,
@@ -108,3 +111,17 @@ def test_the_trunk_experiment_makes_each_run_once(commands, tmp_path, capsys):
     assert len(commands) == made
     results = [json.loads(line) for line in where[0].read_text().splitlines()]
     assert {result["seed"] for result in results} == {11, 12}
+
+
+def test_the_commands_of_the_trunk_experiment_are_understood(commands, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for planned in trunk.planned_runs(80):
+        trunk.train(planned, 11, 80, Path("runs"), Path("runs", f"{planned.name}-seed11"))
+    saved = json.dumps(asdict(RECIPES["first-run"]) | {"seed": 11})
+    for train_json in Path("runs").glob("*/train.json"):
+        train_json.write_text(saved)  # what a fork takes its values from
+    for number, (_script, *flags) in enumerate(commands):
+        flags[flags.index("--out") + 1] = f"new-{number}"
+        config, _ = launch.configuration(TrainConfig, RECIPES, "", flags)
+        assert (config.recipe, config.seed) == ("first-run", 11)
+        assert config.schedule == "wsd" or not config.decay_steps
