@@ -52,7 +52,7 @@ from train_gpt2 import (  # noqa: E402
 # The first run's model and corpus: bytes, 1,024 of them a step.
 SMALL = TrainConfig(
     recipe="first-run",
-    data="data/first-run",
+    data=("data/first-run",),
     tokenizer="bytes",
     device="cpu",
     n_layer=4,
@@ -107,7 +107,7 @@ def larger_size(
     """A size on GPT-2 tokens, as far as one core gets: trials are as long as final runs."""
     config = replace(
         SMALL,
-        data="data/recipes-gpt2",
+        data=("data/recipes-gpt2",),
         tokenizer="gpt2",
         n_layer=n_layer,
         n_embd=n_embd,
@@ -193,7 +193,7 @@ SIZES = {
     "124M": Size(
         config=replace(
             RECIPES["gpt2"],
-            data="data/recipes-python",
+            data=("data/recipes-python",),
             device="cuda",
             total_batch_tokens=65_536,
             eval_tokens=262_144,
@@ -286,8 +286,9 @@ class Training:
     def __init__(self, config: TrainConfig, rt: Runtime):
         self.config = config
         self.rt = rt
-        prepare_corpus(config.data)
-        self.data: Mixture = load_data(config, rt)
+        (folder,) = config.data
+        prepare_corpus(folder)
+        self.data: Mixture = load_data(config, rt)  # of this one corpus
         torch.manual_seed(config.seed)
         self.model = GPT(config.shape(self.data.encoding)).to(rt.device)
         self.loss_fn = NextTokenLoss(self.model)
@@ -312,11 +313,11 @@ class Training:
         self.step += 1
         self.seconds += self.clock() - began
 
-    def validation_loss(self, eval_tokens: int) -> float:
-        """Nats per token over the first `eval_tokens` tokens of the validation split."""
-        config = replace(self.config, eval_tokens=eval_tokens)
-        size = token_bytes(get_encoding(self.data.encoding))
+    def validation_loss(self, eval_tokens: float) -> float:
+        """Nats per token over the first `eval_tokens` tokens of the validation split, or all."""
         (corpus,) = self.data.corpora.values()
+        config = replace(self.config, eval_tokens=min(eval_tokens, len(corpus.val)))
+        size = token_bytes(get_encoding(self.data.encoding))
         return evaluate(self.model, corpus.val, config, self.rt, size)["val_loss"]
 
 
@@ -343,7 +344,7 @@ def run_trial(trial: Trial, rt: Runtime, points: int, val_tokens: float) -> dict
         "steps": steps,
         "tokens": steps * trial.config.total_batch_tokens,
         "seconds": training.seconds,
-        "val_loss": training.validation_loss(min(val_tokens, len(training.data.val))),
+        "val_loss": training.validation_loss(val_tokens),
         "curve": curve,
     }
 
