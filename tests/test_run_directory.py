@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tools import tiny_model
+from tools import ROOT, tiny_model
 
 from model import GPT
 from support import checkpoint, files, huggingface, run_directory
@@ -763,3 +764,14 @@ def test_a_typing_error_in_a_checkpoints_name_lists_those_of_the_run(run, pair):
     save(run, 2, pair)
     with pytest.raises(UserError, match="one of step_000001, step_000002"):
         run_directory.resolve_model(str(run / "step_000020"))
+
+
+# ---------------------------------------------------------------------------------- the promises
+
+
+def test_the_page_on_reliability_names_tests_that_exist():
+    page = (ROOT / "docs/reliability.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 40
+    assert named <= set(re.findall(r"def (test_\w+)", tests))
