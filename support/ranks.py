@@ -385,9 +385,10 @@ def join(device: torch.device) -> dist.ProcessGroup:
             patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         except RuntimeError as error:
             raise UserError(
-                f"rank {rank} on {socket.gethostname()} has no connection to the other ranks "
-                f"({first_line(error)}); expected each machine to reach all others; name the "
-                f"network with GLOO_SOCKET_IFNAME, and {WHAT_TO_CHECK}"
+                f"rank {rank} on {socket.gethostname()} has no connection to the other ranks at "
+                f"{host}:{port} ({first_line(error)}); expected a free port on rank 0's machine, "
+                "which all others reach; torchrun --standalone finds one, GLOO_SOCKET_IFNAME names "
+                f"the network, and {WHAT_TO_CHECK}"
             ) from None
     script.who_is_lost = lambda: lost_ranks(rank, world_size, patient)
     return patient
