@@ -28,6 +28,8 @@ from support.files import plain_name, read_bytes, read_json, sync, write_file
 from support.network import PROBE_OF_GPT2, probe, same_probe, with_weights
 from support.script import UserError, require, say, shown
 
+Shape = tuple[int, ...]  # also torch.Size
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -103,8 +105,8 @@ def save_config(folder: Path, config: dict) -> None:
 @functools.cache  # once is enough
 def say_edited() -> None:
     say(
-        "note: model.py is not plain GPT-2 here. Its checkpoints say so (model_type "
-        f"{EDITED['model_type']}): transformers refuses them, this program reads them."
+        "note: the network of this model.py is not GPT-2's. Its checkpoints say so (model_type "
+        f"{EDITED['model_type']}), and transformers refuses them."
     )
 
 
@@ -200,10 +202,13 @@ def load_into(
 ) -> None:
     """Put the weights of a checkpoint, which have been read already, into a network.
 
-    Names must agree, since the optimizer's moments have the same. Where the network computes
-    something else than the one that saved them, a warning says so.
+    Names and shapes must agree, since the optimizer's moments have the same. Where the network
+    computes something else than the one that saved them, a warning says so.
     """
-    compare_names(folder, tensors.keys(), model.state_dict().keys(), strict=True)
+    state = model.state_dict()
+    compare_names(folder, tensors.keys(), state.keys(), strict=True)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    compare_shapes(folder, {name: tensor.shape for name, tensor in tensors.items()}, shapes)
     if not same_probe(config["network_probe"], probe(model.tiny)):
         compare_names(folder, tensors.keys(), tensors.keys(), strict=False)
     model.load_state_dict(tensors)
@@ -216,11 +221,11 @@ class StoredTensor:
     file: Path
     name: str  # in the file
     dtype: str
-    shape: tuple[int, ...]  # as the network has it: linears are [out, in]
+    shape: Shape  # as the network has it: linears are [out, in]
 
 
 def read_weights(
-    folder: str | os.PathLike, shapes: dict[str, tuple[int, ...]], strict: bool = True
+    folder: str | os.PathLike, shapes: dict[str, Shape], strict: bool = True
 ) -> dict[str, torch.Tensor]:
     """The weights of a directory by the network's names, in float32, linears as [out, in].
 
@@ -237,17 +242,23 @@ def read_weights(
         stored[EMBEDDING] = stored.pop(HEAD)
     if HEAD in shapes and EMBEDDING in stored:
         stored.setdefault(HEAD, stored[EMBEDDING])
-    elif HEAD in stored:
+    elif HEAD in stored and EMBEDDING in shapes:
         shapes = shapes | {HEAD: shapes[EMBEDDING]}  # read too, and compared below
     compare_names(folder, stored.keys(), shapes.keys(), strict)
     stored = {name: tensor for name, tensor in stored.items() if name in shapes}
-    check_stored(folder, stored, shapes)
+    compare_shapes(folder, {name: tensor.shape for name, tensor in stored.items()}, shapes)
+    for name, tensor in stored.items():
+        require(
+            tensor.dtype in ("F64", "F32", "F16", "BF16"),
+            f"{folder}: {name} is of type {tensor.dtype}; expected F32, F16, BF16 or F64; use "
+            "weights that are not quantised",
+        )
 
     tensors = {}
     for file in sorted({tensor.file for tensor in stored.values()}):
         names = {name: tensor.name for name, tensor in stored.items() if tensor.file == file}
         tensors |= read_tensors(file, names)
-    if HEAD in tensors and stored[HEAD] is stored[EMBEDDING]:
+    if HEAD in tensors and stored[HEAD] is stored.get(EMBEDDING):
         tensors[HEAD] = tensors[HEAD].clone()  # each is trained by itself
     elif HEAD in tensors and is_tied:
         require(
@@ -294,7 +305,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(file: Path) -> dict[str, tuple[str, Shape]]:
     """Type and shape of each tensor of a safetensors file, by name. Raises UserError."""
     require(
         file.is_file(),
@@ -331,21 +342,13 @@ def compare_names(folder: Path, found: Set[str], expected: Set[str], strict: boo
     print(message, file=sys.stderr, flush=True)
 
 
-def check_stored(
-    folder: Path, stored: dict[str, StoredTensor], shapes: dict[str, tuple[int, ...]]
-) -> None:
-    """Refuse stored tensors of other shapes, or not in floating point."""
-    for name, tensor in stored.items():
-        found, expected = ("×".join(map(str, s)) for s in (tensor.shape, shapes[name]))
+def compare_shapes(folder: Path, found: dict[str, Shape], expected: dict[str, Shape]) -> None:
+    """Refuse weights of other shapes than the network's."""
+    for name, shape in found.items():
         require(
-            found == expected,
-            f"{folder}: {name} is of shape {shown(found)}; expected {expected}; use weights that "
-            "belong to this config.json",
-        )
-        require(
-            tensor.dtype in ("F64", "F32", "F16", "BF16"),
-            f"{folder}: {name} is of type {tensor.dtype}; expected F32, F16, BF16 or F64; use "
-            "weights that are not quantised",
+            tuple(shape) == tuple(expected[name]),
+            f"{folder}: {name} is of shape {shown('×'.join(map(str, shape)))}; expected "
+            f"{'×'.join(map(str, expected[name]))}; use weights that belong to this config.json",
         )
 
 
@@ -571,12 +574,12 @@ def check_tokenizer(folder: str | os.PathLike, encoding: tiktoken.Encoding) -> N
     folder = Path(folder)
     if (folder / "vocab.json").exists():
         file = folder / "vocab.json"
-        _check_vocabulary(file, read_json(file, {str: int}, limit=2**24), encoding)
+        check_vocabulary(file, read_json(file, {str: int}, limit=2**24), encoding)
     if (folder / "merges.txt").exists():
         file = folder / "merges.txt"
         lines = read_bytes(file, limit=2**24).decode(errors="replace").splitlines()
         lines = [line for line in lines if line and not line.startswith("#version")]
-        _check_merges(file, lines, encoding)
+        check_merges(file, lines, encoding)
     if (folder / "tokenizer.json").exists():
         file = folder / "tokenizer.json"
         shape = {
@@ -585,13 +588,13 @@ def check_tokenizer(folder: str | os.PathLike, encoding: tiktoken.Encoding) -> N
         }
         content = read_json(file, shape, limit=2**24)
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        _check_vocabulary(file, content["model"]["vocab"] | added, encoding)
+        check_vocabulary(file, content["model"]["vocab"] | added, encoding)
         merges = content["model"].get("merges", [])
         joined = [m if isinstance(m, str) else " ".join(map(str, m)) for m in merges]
-        _check_merges(file, joined, encoding)
+        check_merges(file, joined, encoding)
 
 
-def _check_vocabulary(file: Path, found: dict[str, int], encoding: tiktoken.Encoding) -> None:
+def check_vocabulary(file: Path, found: dict[str, int], encoding: tiktoken.Encoding) -> None:
     expected = vocabulary(encoding)
     if {token: i for token, i in found.items() if i < len(expected)} != expected:
         raise UserError(
@@ -601,7 +604,7 @@ def _check_vocabulary(file: Path, found: dict[str, int], encoding: tiktoken.Enco
         )
 
 
-def _check_merges(file: Path, found: list[str], encoding: tiktoken.Encoding) -> None:
+def check_merges(file: Path, found: list[str], encoding: tiktoken.Encoding) -> None:
     expected = merges_of(encoding)
     if found != expected:
         raise UserError(

@@ -404,6 +404,8 @@ def test_a_checkpoint_is_continued_by_its_network_or_with_a_word(saved, monkeypa
     config = read_config(saved)
     with pytest.raises(UserError, match="missing weights: scale"):
         huggingface.load_into(Wider(CONFIG), saved, config, weights)
+    with pytest.raises(UserError, match="wpe.weight is of shape 24×32; expected 25×32"):
+        huggingface.load_into(GPT(replace(CONFIG, block_size=25)), saved, config, weights)
     huggingface.load_into(GPT(CONFIG), saved, config, weights)
     assert capfd.readouterr().err == ""
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: x)
