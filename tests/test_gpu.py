@@ -22,9 +22,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from test_hellaswag import make_items, plain
 from tools import read_log, run_main, sharpen, torchrun, write_bytes_data
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -334,6 +336,25 @@ def test_dropout_follows_from_the_seed_and_the_step(device):
     assert abs(without - once) < 0.5, f"dropout 0.2 changed the loss from {without} to {once}"
 
 
+def test_ddp_around_the_loss_changes_no_gradient(device, tmp_path):
+    """NCCL's first word on one GPU; on a CPU it is gloo's."""
+    config = size_of("first run", device)
+    batch = batches_for(config)[0].to(device)
+    plain_loss = NextTokenLoss(fresh_model(config).to(device))
+    plain_loss(batch[:, :-1], batch[:, 1:]).backward()
+    backend = "nccl" if device == "cuda" else "gloo"
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        loss = DistributedDataParallel(NextTokenLoss(fresh_model(config).to(device)))
+        loss(batch[:, :-1], batch[:, 1:]).backward()
+    finally:
+        dist.destroy_process_group()
+    pairs = zip(loss.parameters(), plain_loss.parameters(), strict=True)
+    worst = max((a.grad - b.grad).abs().max().item() for a, b in pairs)
+    assert worst < 1e-5, f"a gradient over {backend} is off by {worst:.2g}"
+
+
 def test_the_loss_takes_no_more_memory_than_its_formula(device):
     """The formula is plan.memory's."""
     rows = LOGIT_ROWS[device]
@@ -550,7 +571,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_checkpoint(
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ranks_under_torchrun_learn_what_one_process_learns(device, flags, world_size):
-    """On GPUs this is NCCL's first word; two ranks need two GPUs."""
+    """Two ranks need two GPUs; one is what a command with --nproc_per_node=1 does."""
     if device == "cuda" and torch.cuda.device_count() < world_size:
         pytest.skip("there is one GPU")
     if device == "cpu" and world_size == 1:
