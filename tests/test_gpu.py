@@ -37,6 +37,7 @@ from model import GPT, GPTConfig, NextTokenLoss
 from sample import generate
 from support import plan
 from support.optimizer import state_tensors
+from support.report import UpdateLog
 from support.run_directory import RunDirectory
 from support.runtime import LOGIT_ROWS, PAD_VOCABULARY_TO, Runtime, choose_dtype, start
 from tokens import get_encoding
@@ -553,14 +554,14 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_checkpoint(
                 optim.param_groups[0]["params"][0].fill_(math.nan)
         return take_step(loss_fn, optim, *others)
 
-    begin = train_gpt2.UpdateLog.__init__
+    begin = UpdateLog.__init__
 
     def read_late(updates, *others):
         """As on a GPU, also on a CPU."""
         begin(updates, *others)
         updates.reads_at_once = False
 
-    monkeypatch.setattr(train_gpt2.UpdateLog, "__init__", read_late)
+    monkeypatch.setattr(UpdateLog, "__init__", read_late)
     monkeypatch.setattr(train_gpt2, "train_step", poisoned_step)
     code = run(flags, "--out", "r", "--max-steps", 9, "--save-every", 1)
     assert code == 2, f"a loss that is NaN ended the run with exit code {code}"
