@@ -192,6 +192,8 @@ def what_it_names(config: Any) -> list[str]:
     lines = [f"data           {' '.join(config.data)}"]
     if config.init_from:
         lines.append(f"init from      {config.init_from}")
+    if config.wandb:
+        lines.append("sent to        Weights & Biases")
     return lines
 
 

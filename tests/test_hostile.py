@@ -284,6 +284,15 @@ def test_a_strangers_configuration_does_not_choose_where_a_run_is_made(run, data
     assert Path("runs/first-run/train.json").exists()
 
 
+def test_what_a_strangers_run_reaches_for_is_said(run, data, resume):
+    """Its data, weights and services, before they are used."""
+    Path("private.txt").write_text("to be or not to be, " * 100)
+    change_train_json(run, data=["private.txt"], wandb=True)
+    ended = resume()
+    assert ended.code == 2  # the checkpoints are of other data
+    assert "private.txt" in ended.out and "Weights & Biases" in ended.out
+
+
 @pytest.mark.parametrize("recipe", ["../../canary", "/tmp", "..", "", "a\0b"])
 def test_a_recipe_is_a_name_and_no_path(run, data, recipe, train):
     change_train_json(run, recipe=recipe)
