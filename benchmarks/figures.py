@@ -336,7 +336,7 @@ def step() -> Picture:
     p.box(432, 62, 70, 216, "DDP:", "mean", "of p.grad", "over", "ranks", fill=ORANGE, size=12)
     alone = ["p.grad grows on each rank by itself;", "nothing is sent"]
     p.lines(270, 170, alone, size=12, color=GREY)
-    same = ["the same gradient, so the same", "new weights: none are sent"]
+    same = ["the same gradient,", "so the same new weights"]
     p.lines(632, 170, same, size=12, color=GREY)
     words = "It is the gradient of the mean loss of the global batch, whoever computed which part."
     p.text(380, 312, words, size=12, color=GREY)
