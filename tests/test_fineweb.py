@@ -636,7 +636,7 @@ def test_without_a_network_nothing_is_left_behind(run, hub, tmp_path, monkeypatc
     hub.fault = lambda handler, path: False
 
 
-@pytest.mark.parametrize("silent", ["/api/", ".parquet"])
+@pytest.mark.parametrize("silent", ["/revision/", "/tree/", ".parquet"])
 def test_a_silent_server_is_not_waited_for_for_ever(hub, run, edu, tmp_path, silent):
     def silence(handler, path):
         if silent in path:
