@@ -631,7 +631,7 @@ def ask_hub(what: str, question: Callable[[], Any], say: Callable) -> Any:
 
     This is the one place where the many errors of the hub's clients become ours.
     """
-    wait_no_longer_than_the_client()
+    wait_for_no_silent_server()
     for wait in (*WAITS, None):
         began = time.monotonic()
         try:
@@ -654,17 +654,25 @@ def ask_hub(what: str, question: Callable[[], Any], say: Callable) -> Any:
     raise AssertionError("the last attempt returns or raises")
 
 
-def wait_no_longer_than_the_client() -> None:
-    """Give every request of huggingface_hub its timeout for downloads; some have none."""
-    from huggingface_hub import constants, get_session, set_client_factory
+def wait_for_no_silent_server() -> None:
+    """Let each request of huggingface_hub have its timeout for downloads; some have none."""
+    from huggingface_hub import get_session, set_client_factory
 
     client = get_session()
-    if client.timeout.read is not None:
-        return
-    make_client = type(client)
-    settings = {"event_hooks": client.event_hooks, "follow_redirects": client.follow_redirects}
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    set_client_factory(lambda: make_client(**settings, timeout=timeout))
+    hooks = client.event_hooks
+    if limit_waiting not in hooks["request"]:
+        make_client = type(client)
+        hooks = hooks | {"request": [*hooks["request"], limit_waiting]}
+        set_client_factory(lambda: make_client(event_hooks=hooks, follow_redirects=True))
+
+
+def limit_waiting(request: Any) -> None:
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+
+    timeouts = request.extensions["timeout"]
+    for kind in ("connect", "read", "write", "pool"):
+        if timeouts.get(kind) is None:
+            timeouts[kind] = HF_HUB_DOWNLOAD_TIMEOUT
 
 
 def may_pass(error: Exception) -> bool:
