@@ -7,6 +7,7 @@
     python tests/chaos.py --power-failures 20    only what was flushed is still on the disk
     python tests/chaos.py --full-disks 20        disks that are full at some moment (needs unshare)
     python tests/chaos.py --damages 20           one file of the newest checkpoint is damaged
+    python tests/chaos.py --forks 10             SIGKILL in the first save of a fork
     python tests/chaos.py --torchrun 10          SIGKILL to torchrun, to a worker, or to all
 
 Runs of a tiny model with one, two, three and four ranks, half of them with Muon. In the end all
@@ -544,6 +545,20 @@ def damaged(case: Case) -> None:
     shutil.rmtree(aside)
 
 
+def forked(case: Case) -> None:
+    """A fork of the last checkpoint but one is killed in its first save, and started again."""
+    parent = sorted(case.calm.glob("step_*"))[-2]
+    args = ["--fork", parent, "--out", case.run, "--resume"]
+    prepare = functools.partial(mark_saves, case.scratch)
+    ranks = start_ranks(case.world_size, args, case.scratch, prepare=prepare)
+    wait_for_save(ranks, case.run, case.scratch, case.generator)
+    kill_one_then_all(ranks, case.generator)
+    case.score.kills += 1
+    case.score.in_saves += is_in_save(case.run, case.scratch)
+    run_ranks(case.world_size, args, case.scratch)
+    shutil.copytree(parent, case.run / parent.name)  # which the fork has not saved
+
+
 def on_a_full_disk(case: Case) -> None:
     """A disk of random size that the run may not fit on: one line names the file."""
     largest = sum(file.stat().st_size for file in case.calm.rglob("*"))
@@ -630,6 +645,7 @@ KINDS = {
     "power_failures": powerless,
     "damages": damaged,
     "full_disks": on_a_full_disk,
+    "forks": forked,
     "torchrun": under_torchrun,
 }
 
