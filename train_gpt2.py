@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before the imports, which take seconds, so that Ct
 
 
 import gc
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +43,6 @@ from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
 from model import GPT, SIZES, GPTConfig, KVCache, NextTokenLoss
 from sample import load_model, sample_text
 from support import launch, plan, report, run_directory
-from support.huggingface import load_into
 from support.mixture import parse_data
 from support.network import check_network
 from support.optimizer import (
@@ -183,10 +183,16 @@ class TrainConfig:
             f"--total-batch-tokens {self.total_batch_tokens}; expected a multiple of --seq-len "
             f"{self.seq_len}; for example {nearest}",
         )
+        room = self.max_steps - self.warmup_steps
         require(
-            self.schedule != "wsd" or 1 <= self.decay_steps <= self.max_steps,
-            f"--schedule wsd with --decay-steps {self.decay_steps}; expected 1 to --max-steps "
-            f"{self.max_steps}; a fifth of them is usual",
+            self.schedule != "wsd" or 1 <= self.decay_steps <= room,
+            f"--schedule wsd with --decay-steps {self.decay_steps}; expected 1 to {room}, the "
+            "steps after the warm-up; a fifth of --max-steps is usual",
+        )
+        require(
+            self.schedule != "cosine" or self.min_lr <= self.learning_rate,
+            f"--min-lr {self.min_lr}; expected at most --learning-rate {self.learning_rate}; a "
+            "tenth of it is usual",
         )
 
     @property
@@ -335,12 +341,12 @@ def step_batches(
         batch = step_batch(data, config, sample, rt.rank, rt.world_size)
         return batch.pin_memory() if rt.device.type == "cuda" else batch
 
+    samples = itertools.count(first_sample, config.sequences_per_step)
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as background:
-        upcoming = background.submit(read, first_sample)
+        upcoming = background.submit(read, next(samples))
         while True:
-            first_sample += config.sequences_per_step
             batch = upcoming.result()
-            upcoming = background.submit(read, first_sample)
+            upcoming = background.submit(read, next(samples))
             yield batch
 
 
@@ -350,7 +356,7 @@ def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Modul
     1) NextTokenLoss runs the model and computes the loss.
     2) With several ranks, DDP is around it: in a backward pass it replaces each gradient by its
        mean over the ranks, so that all copies of the model make the same update. (FSDP would take
-       its place.)
+       its place, and GPT.saved_form would gather what it has divided.)
     3) torch.compile, if it is asked for, compiles forward and backward together.
 
     `model` itself stays plain: samples, HellaSwag and checkpoints use it.
@@ -363,9 +369,9 @@ def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Modul
     if config.compile:
         loss_fn = rt.compile(loss_fn, config.seq_len)
     if uses_ddp:
-        # DDP sends gradients in buckets. After its first pass it makes other buckets, and the last
-        # bits of a sum depend on them. A run that is continued has one more first pass. So these
-        # are made on zeros, before any step.
+        # DDP makes other buckets of gradients after its first backward pass, and the last bits of a
+        # sum depend on them. Two passes on zeros settle the buckets, so that a continued run, which
+        # has one more first pass, rounds as an undisturbed one.
         zeros = torch.zeros(config.micro_batch, config.seq_len + 1, dtype=torch.long)
         for _ in range(2):
             micro_batch_loss(loss_fn, zeros, config, rt, number=0).backward()
@@ -376,7 +382,8 @@ def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Modul
 def build_optimizer(model: GPT, config: TrainConfig, ranks: Ranks = ALONE) -> Optimizer:
     """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest.
 
-    The rest are embeddings, positions, biases and layer norms. Several ranks share Muon's work.
+    Muon takes the weights of c_attn (as three matrices), c_proj and c_fc in all blocks, and several
+    ranks share its work. The rest are embeddings, positions, biases and layer norms.
     """
     return make_optimizer(
         model.named_parameters(),
@@ -419,31 +426,33 @@ def train_step(
 
     Returns scalars on the device, the same on every rank: the loss of the global batch before the
     update, in nats per token, and the norm of its gradient before clipping. A scalar that is added
-    is logged, sent to trackers, and plotted by its name. Nothing waits for the device, unless
-    `guard` is to leave out the update of a loss that jumps.
+    is logged, sent to trackers, and plotted by its name. The host waits for the device only where
+    `guard` has to leave out the update of a loss that jumps (--skip-spikes).
     """
     micro_batches = batch.split(config.micro_batch)
     first_number = (step * rt.world_size + rt.rank) * len(micro_batches)
     parameters = [p for group in optim.param_groups for p in group["params"]]
     tree = GradientTree(parameters, rt) if config.deterministic else None
-    num_parts = len(micro_batches) * (rt.world_size if tree else 1)  # DDP divides by ranks itself
+    # Gradients are divided by the number of ranks too: here for the tree, which adds them up, and
+    # by DDP itself where it takes their mean.
+    divisor = len(micro_batches) * (rt.world_size if tree else 1)
     loss = torch.zeros((), device=rt.device)
     # 1) Each micro-batch adds its part to p.grad.
     for i, windows in enumerate(micro_batches):
         # The ranks' gradients meet in the last backward pass alone: there DDP takes the mean of
-        # what each rank has added up. (Without DDP the attribute does nothing.)
+        # what each rank has added up. (A compiled loss_fn hands the attribute on to DDP.)
         loss_fn.require_backward_grad_sync = i == len(micro_batches) - 1
-        part = micro_batch_loss(loss_fn, windows, config, rt, first_number + i) / num_parts
+        part = micro_batch_loss(loss_fn, windows, config, rt, first_number + i) / divisor
         part.backward()
         loss += part.detach()
         if tree:
-            tree.take(part)
+            tree.take(part)  # with the gradients that it has left in p.grad
     loss = tree.finish() if tree else rt.sum(loss) / rt.world_size
     # 2) Every rank holds the gradient of the mean loss of the global batch. It is clipped.
     gradient_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-    # 3) The weights are updated, the same on every rank. (An average of weights would follow here.)
+    # 3) The weights are updated, the same on every rank.
     if guard is None or not guard.leaves_out(loss):
-        optim.step()
+        optim.step()  # an average of weights would follow, saved in `save` and put back in `build`
     # DDP keeps gradients in its buckets, so they are set to zero there. One rank frees them.
     optim.zero_grad(set_to_none=rt.world_size == 1)
     return {"loss": loss, "grad_norm": gradient_norm}
@@ -464,6 +473,7 @@ def evaluate(
     i mod W reads batch i, so any number of ranks reads the same tokens. `between_batches` is called
     equally often on every rank, and may raise to end the evaluation.
     """
+    was_training = model.training
     model.eval()
     loss_fn = NextTokenLoss(model)
     compiled_loss_fn = rt.compile(loss_fn, config.seq_len) if config.compile else loss_fn
@@ -488,7 +498,7 @@ def evaluate(
             # The one place where the host waits for the GPU.
             results[i] = torch.tensor([loss.item() * targets.size, targets.size, text_bytes])
     finally:
-        model.train()
+        model.train(was_training)
     nats = tokens = text_bytes = 0.0
     for row in rt.sum(results).tolist():
         nats += row[0]
@@ -537,7 +547,7 @@ class Training:
     optimizer: Optimizer
     guard: SpikeGuard
     run: RunDirectory
-    first_sample: int  # that the run reads next, when it goes on
+    first_sample: int  # the first that this process reads
     side_work: report.SideWork
     stop: StopRequest
     hellaswag_items: list[hellaswag.Item] | None
@@ -555,10 +565,10 @@ class AllRanksStop(BaseException):
 def train(training: Training) -> None:
     """Train from the step that the run stands at to max_steps.
 
-    At the head of the loop the model has seen exactly `step` updates. A stop saves the checkpoint
-    before anything else that falls on the step. The rest of it is done when the run is continued.
-    `updates` writes the line of an update to the log, on a GPU when the next one has been launched,
-    so that the GPU never waits. A loss that is not finite ends the run there, before any save.
+    At the head of the loop the model has seen exactly `step` updates: what is validated and saved
+    there is named `step`. The line of update s in the log has the loss before that update. On a GPU
+    it is written when the next update has been launched, so that the GPU never waits. A loss or a
+    gradient that is not finite ends the run there, before any save.
     """
     config, rt, run = training.config, training.rt, training.run
     loss_fn = make_loss_function(training.model, config, rt)
@@ -590,17 +600,25 @@ def train(training: Training) -> None:
                 updates.add(step + 1, rate, figures)
         except AllRanksStop:
             updates.finish()
-            rt.on_main(run.wait_for_commit)
-            if config.save_every:
-                save(step, training)
-            rt.on_main(run.wait_for_commit)
-            last_words = report.how_to_go_on(step, config, run)
-            rt.say(last_words)
-            raise Stopped(rt.max_over_ranks(training.stop.signum), last_words) from None
+            stop(step, training)
     rt.on_main(run.wait_for_commit)
     # A crash may have come between the last save and its pruning.
     rt.on_main(run_directory.prune, run.folder, config.keep, trunk_steps(config))
     rt.say("", *progress.summary())
+
+
+def stop(step: int, training: Training) -> None:
+    """Save this step before anything else that is due, and end with the signal's exit code.
+
+    What else is due at the step happens when the run is continued.
+    """
+    rt, run = training.rt, training.run
+    rt.on_main(run.wait_for_commit)  # raises what rank 0 could not write
+    if training.config.save_every:
+        save(step, training)
+        rt.on_main(run.wait_for_commit)
+    rt.say(report.how_to_go_on(step, training.config, run))
+    raise Stopped(rt.max_over_ranks(training.stop.signum)) from None
 
 
 def stop_if_asked(training: Training) -> None:
@@ -614,14 +632,14 @@ def stop_if_asked(training: Training) -> None:
 
 
 def trunk_steps(config: TrainConfig) -> set[int]:
-    """The step at which a wsd schedule begins to fall: other budgets fork from its checkpoint."""
+    """The step at which a wsd schedule begins to fall. Runs of other lengths fork from there."""
     return {config.max_steps - config.decay_steps} if config.schedule == "wsd" else set()
 
 
 def is_due(event: str, step: int, training: Training) -> bool:
     """Whether an event falls on this step: at multiples of its interval, and after the last update.
 
-    Before the first update only validation does. A continued run repeats nothing of its first step.
+    Before the first update only validation does. A continued run repeats nothing that the log has.
     """
     config = training.config
     every = getattr(config, f"{event}_every")
@@ -747,7 +765,8 @@ def log_sample(step: int, training: Training) -> None:
         rt.say(f"step {step:>6}  sample:", text)
 
 
-# In the order in which they happen. A metric of one's own, say every 100 steps, is one entry more.
+# In the order in which they happen. One of your own needs an entry, a flag <name>_every, and to log
+# an event of that name.
 EVENTS = {
     "save": save,
     "eval": validate,
@@ -770,10 +789,9 @@ def main(args: list[str] | None = None) -> None:
     rt.say(*why, report.runtime_line(rt, config.seq_len))
     launch.check_batch(config, rt.world_size)
     if config.dry_run:
-        shape = config.shape(config.tokenizer)
-        sizes = (config.max_steps, config.total_batch_tokens)
-        rt.say(*plan.plan(shape, rt, *sizes, config.micro_batch))
-        return rt.say(*plan.plan_time(shape, rt, *sizes))
+        encoding = launch.encoding_of_data(config)
+        rt.say(*plan.dry_run(config.shape(encoding), rt, config))
+        return
     with run_directory.opened(
         config.out, config.recipe, config.resume, config.total_batch_tokens, rt
     ) as run:
@@ -810,30 +828,27 @@ def load_data(config: TrainConfig, rt: Runtime) -> Mixture:
 def build(config: TrainConfig, data: Mixture, run: RunDirectory, rt: Runtime) -> Training:
     """All that a run needs, as it is at the step where the run goes on.
 
-    Rank 0 alone reads checkpoints and weights, and sends them to the others. To continue a run cuts
-    its log.jsonl back to the checkpoint's step: what came after it happens again. A fork's log
-    begins with the lines of the other run up to that step.
+    Rank 0 alone reads checkpoints and weights, and sends them to the others.
     """
     torch.manual_seed(config.seed)
     model = GPT(config.shape(data.encoding)).to(rt.device)
     optim = build_optimizer(model, config, rt)
     guard = SpikeGuard(config.skip_spikes)
-    checkpoint = rt.on_main(find_checkpoint, config, run, share=False)
-    rt.on_main(load_weights, model, checkpoint, config, data, rt)
-    rt.send_from_main(model.parameters())
-    known = rt.broadcast(checkpoint and checkpoint.without_tensors())
-    first_sample = 0
-    if known is None:
+    checkpoint = rt.on_main(find_checkpoint, config, run, share=False)  # None on other ranks
+    rt.on_main(load_weights, model, checkpoint, config, data.encoding, rt)
+    rt.send_from_main(model.state_dict().values())
+    # Without its tensors every rank knows the checkpoint.
+    found = rt.broadcast(checkpoint and checkpoint.without_tensors())
+    if found is None:
         rt.on_all(check_network, GPT, NextTokenLoss, KVCache)
         rt.on_main(run.begin, launch.saved_values(config), rt.device)
+        first_sample = 0
     else:
-        guard.load(known.state.get("spikes"))
+        guard.load(found.state.get("spikes"))
         moments = checkpoint.moments if checkpoint else None
-        restore(model, optim, moments, known.step - guard.left_out, rt)
-        is_new = not rt.on_main(run_directory.is_run, run.folder)
-        first_sample = launch.go_on(config, data.fingerprint, run, known, rt)
-        if is_new:  # a fork
-            rt.on_main(say_seam, config, run)
+        updates_made = found.step - guard.left_out
+        restore(model, optim, moments, updates_made, rt)
+        first_sample = go_on(found, config, data, run, rt)
     trackers = [name for name in ("wandb", "tensorboard") if getattr(config, name)]
     sends = rt.on_main(open_trackers, trackers, run.folder, asdict(config), run.step, share=False)
     run.listeners += sends or []
@@ -853,6 +868,26 @@ def build(config: TrainConfig, data: Mixture, run: RunDirectory, rt: Runtime) ->
     )
 
 
+def go_on(
+    found: Checkpoint, config: TrainConfig, data: Mixture, run: RunDirectory, rt: Runtime
+) -> int:
+    """Set the run to a checkpoint's step; returns the sample that it reads next.
+
+    A run that is continued has cut its log.jsonl back to that step, since what came after it
+    happens again. A fork is a new run: its log begins with the other run's lines up to that step.
+    It reads on where that run stood, or other data from their first sample.
+    """
+    first_sample = launch.next_sample(found, config, data.fingerprint, run, rt)
+    is_fork = not rt.on_main(run_directory.is_run, run.folder)
+    if is_fork:
+        origin = found.as_origin(first_sample)
+        rt.on_main(run.begin, launch.saved_values(config), rt.device, origin)
+    run.continue_from(found)
+    if is_fork:
+        rt.on_main(say_seam, config, run)
+    return first_sample
+
+
 def find_checkpoint(config: TrainConfig, run: RunDirectory) -> Checkpoint | None:
     """The run's own newest valid checkpoint, else the one that it is forked from, else None."""
     own = run.load_newest() if run_directory.is_run(run.folder) else None
@@ -864,20 +899,23 @@ def find_checkpoint(config: TrainConfig, run: RunDirectory) -> Checkpoint | None
 def say_seam(config: TrainConfig, run: RunDirectory) -> None:
     """Say what the learning rate does where a fork begins."""
     parent = launch.read_train_json(TrainConfig, launch.train_json(config.fork))
-    before, after = learning_rate(run.step - 1, parent), learning_rate(run.step, config)
-    run.say(f"learning rate  {before:.1e} → {after:.1e}")
+    before = learning_rate(max(0, run.step - 1), parent)
+    run.say(f"learning rate  {before:.1e} → {learning_rate(run.step, config):.1e}")
 
 
 def load_weights(
-    model: GPT, checkpoint: Checkpoint | None, config: TrainConfig, data: Mixture, rt: Runtime
+    model: GPT, checkpoint: Checkpoint | None, config: TrainConfig, encoding: str, rt: Runtime
 ) -> None:
-    """Put the weights of a checkpoint, or of --init-from, into the model. Else fresh ones stay."""
+    """Put the weights of a checkpoint, or of --init-from, into the model. Else fresh ones stay.
+
+    encoding: of the data, which --init-from must have too.
+    """
     if checkpoint:
-        load_into(model, checkpoint.folder, checkpoint.config, checkpoint.weights)
+        model.load_state_dict(checkpoint.weights)
         rt.say(f"weights        {checkpoint.folder}")
     elif config.init_from:
-        found, encoding, picked = load_model(config.init_from)
-        launch.check_fits(config, found.config, encoding.name, data.encoding, picked)
+        found, its_encoding, picked = load_model(config.init_from)
+        launch.check_fits(config, found.config, its_encoding.name, encoding, picked)
         found.crop_context(config.seq_len)
         model.load_state_dict(found.state_dict())
         rt.say(f"weights        {picked}")
@@ -902,9 +940,11 @@ def measure(config: TrainConfig, rt: Runtime) -> None:
     if not all(map(holds_tokens, paths)):
         split, what = corpus.whole, "all tokens"
         config = replace(config, eval_tokens=len(split))
-    model, encoding, _ = rt.on_all(load_model, config.init_from)
-    model.crop_context(config.seq_len)
-    result = evaluate(model.to(rt.device), split, config, rt, token_bytes(encoding))
+    require(len(split) > 1, f"{' '.join(paths)}: {len(split)} tokens; expected 2 or more; use more")
+    model = GPT(config.shape(corpus.encoding)).to(rt.device)
+    rt.on_main(load_weights, model, None, config, corpus.encoding, rt)
+    rt.send_from_main(model.state_dict().values())
+    result = evaluate(model, split, config, rt, token_bytes(get_encoding(corpus.encoding)))
     rt.say(
         f"validation loss {result['val_loss']:.4f} nats per token",
         f"perplexity      {math.exp(result['val_loss']):.2f} per token",

@@ -20,11 +20,12 @@ import torch
 
 from support import plan, run_directory
 from support.files import read_json, same_folder
+from support.mixture import parse_data
 from support.ranks import check_tree, require_named_run
 from support.run_directory import Checkpoint, RunDirectory
 from support.runtime import Runtime
 from support.script import UserError, parse_flags, require
-from support.shards import holds_tokens
+from support.shards import holds_tokens, listed
 
 # Flags whose value may change when a run is continued. A changed value of any other flag is
 # refused: it would change what is learned, what validations compare, or which checkpoint is the
@@ -340,12 +341,12 @@ def check_agreement(config: Any, rt: Runtime) -> None:
     rt.same_on_all(values, "the same flags, train.json and code on every rank")
 
 
-def go_on(config: Any, fingerprint: str, run: RunDirectory, found: Checkpoint, rt: Runtime) -> int:
-    """Set the run to the step of a checkpoint; returns the sample that it reads next.
+def next_sample(
+    found: Checkpoint, config: Any, fingerprint: str, run: RunDirectory, rt: Runtime
+) -> int:
+    """The sample that a run reads next which goes on from a checkpoint, its own or another run's.
 
-    To continue a run cuts its log.jsonl back to that step: what came after it happens again. A
-    fork begins with the lines of the other run up to that step. On other data it begins with the
-    first sample.
+    A fork reads other data from their first sample. A run that is continued must have the same.
     """
     same_data = found.state["data"] == fingerprint
     if found.folder.parent == run.folder and not same_data:
@@ -356,16 +357,19 @@ def go_on(config: Any, fingerprint: str, run: RunDirectory, found: Checkpoint, r
                 f"with others in a new run: --fork {run.folder}"
             )
         )
-    first_sample = 0
-    if same_data:
-        first_sample = found.state.get("samples", found.step * config.sequences_per_step)
-    if rt.on_main(run_directory.is_run, run.folder):
-        run.continue_from(found)
-    else:
-        origin = found.as_origin(first_sample)
-        rt.on_main(run.begin, saved_values(config), rt.device, origin)
-        run.continue_from(found)
-    return first_sample
+    if not same_data:
+        return 0
+    return found.state.get("samples", found.step * config.sequences_per_step)
+
+
+def encoding_of_data(config: Any) -> str:
+    """What --data holds, as far as it is known before text is tokenised."""
+    for paths, _ in parse_data(config.data):
+        for path in paths:
+            if holds_tokens(path):
+                encoding, _ = listed(Path(path))
+                return encoding
+    return config.tokenizer
 
 
 def check_batch(config: Any, world_size: int) -> None:

@@ -207,7 +207,7 @@ def test_a_longer_trunk_from_the_trunk_is_the_run_that_was_longer_from_the_start
     assert same_checkpoint("long/step_000020", "fork/step_000020")
 
 
-@pytest.mark.parametrize("decay", [0, 13])
+@pytest.mark.parametrize("decay", [0, 11])
 def test_a_wsd_without_room_for_its_decay_is_refused(here, capfd, decay):
     flags = ("--schedule", "wsd", "--decay-steps", decay, "--out", "r")
     assert train("--data", "text", *TINY, *flags) == 2

@@ -898,3 +898,14 @@ def test_a_gpu_without_bfloat16_is_said_to_train_in_float32(monkeypatch, capabil
     rt = Runtime(device=torch.device("cuda"), dtype=torch.float32)
     said = report.runtime_line(rt, CONFIG.seq_len)
     assert ("no bfloat16, so it trains in float32" in said) == is_said
+
+
+def test_a_model_is_not_measured_on_tokens_of_another_encoding(finished, in_tmp, capfd):
+    Path("words").mkdir()
+    shards = [
+        write_shard(Path("words") / name, np.arange(1000, dtype=np.uint16))
+        for name in ("a_val_000000.bin", "a_train_000001.bin")
+    ]
+    write_manifest(Path("words"), {"encoding": "gpt2", "vocab_size": 50257, "shards": shards})
+    assert evaluate_only("--init-from", finished, "--data", "words") == 2
+    assert "tokens of the encoding gpt2; expected bytes" in last_error(capfd)
