@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -436,7 +437,19 @@ def test_settings_of_the_process_are_ignored_and_left_as_they_were(tmp_path, dra
         assert matplotlib.rcParams["text.usetex"]
 
 
-def test_pictures_are_drawn_in_several_threads(tmp_path):
+def test_several_threads_draw_one_after_the_other(tmp_path, monkeypatch):
+    """matplotlib's settings are those of the process."""
+    drawing, most = [], []
+    savefig = Figure.savefig
+
+    def counted(self, *args, **kwargs):
+        drawing.append(self)
+        time.sleep(0.1)
+        most.append(len(drawing))
+        savefig(self, *args, **kwargs)
+        drawing.remove(self)
+
+    monkeypatch.setattr(Figure, "savefig", counted)
     run = write_run(tmp_path / "a")
     files = [tmp_path / f"{number}.png" for number in range(3)]
     threads = [threading.Thread(target=plot.draw_curves, args=([run], file)) for file in files]
@@ -444,6 +457,7 @@ def test_pictures_are_drawn_in_several_threads(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
+    assert most == [1, 1, 1]
     assert len({file.read_bytes() for file in files}) == 1
 
 
