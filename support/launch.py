@@ -236,7 +236,10 @@ def continued(
             f"expected the values of {folder / 'train.json'}; begin a new run from this one with: "
             f"{shlex.join(command)}"
         )
-    return config, [f"continuing {folder}", *what_it_names(config)]
+    why = f"continuing {folder}"
+    if not run_directory.step_directories(folder):
+        why = f"{folder} holds no checkpoint, so it begins where it began before"
+    return config, [why, *what_it_names(config)]
 
 
 def forked(

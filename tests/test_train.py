@@ -503,12 +503,17 @@ def test_a_stop_prints_the_command_that_goes_on(data, in_tmp, monkeypatch, capfd
     assert last == "stopped after step 3; to go on: python train_gpt2 --out r --resume"
 
 
-def test_a_resumed_run_without_a_checkpoint_keeps_its_old_log(data, in_tmp, monkeypatch):
+def test_a_resumed_run_without_a_checkpoint_says_so_and_keeps_its_old_log(
+    data, in_tmp, monkeypatch, capfd
+):
     with monkeypatch.context() as patch:
         signal_in_update(patch, 3)
         assert train("--data", data, *TINY, "--save-every", 0, "--out", "r") == 143
     old_log = Path("r/log.jsonl").read_bytes()
+    capfd.readouterr()
     assert train("--out", "r", "--resume") == 0
+    out = capfd.readouterr().out
+    assert "r holds no checkpoint" in out and "continuing" not in out
     assert Path("r/log-old.jsonl").read_bytes() == old_log
     assert steps_of(Path("r"), "train") == list(range(1, 21))
 
