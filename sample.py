@@ -57,9 +57,6 @@ def next_token(
 
     Nothing here makes the host wait for a GPU.
     """
-    require(0 <= temperature < math.inf, f"temperature {temperature}; expected 0 or more")
-    require(top_k is None or top_k >= 1, f"top_k {top_k}; expected 1 or more, or None")
-    require(top_p is None or 0 < top_p <= 1, f"top_p {top_p}; expected above 0 and at most 1")
     logits = logits.float()
     if temperature < 1e-6:  # dividing by less would overflow
         return logits.argmax(-1, keepdim=True)
@@ -134,8 +131,7 @@ def stream(
         pieces.append(token)
         unread = token
 
-        # 4) Stop when all rows have stopped. On a GPU, where asking makes the host wait, it is
-        # asked now and then.
+        # 4) Stop when all rows have stopped. Asking makes the host wait for a GPU: hence seldom.
         may_ask = on_cpu or n % 16 == 0
         if stop_token is not None and may_ask and stopped.all():
             return
