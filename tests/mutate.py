@@ -336,8 +336,9 @@ def finding(reader: Callable, root: Path, file: Path, expected: str | None) -> t
     except BaseException:
         return traceback.format_exc(), False
     if code == 2:
-        # Where state.json contradicts train.json, the checkpoint is named.
-        is_named = file.name in said or (file.name == "state.json" and file.parent.name in said)
+        # Where state.json contradicts train.json, or a manifest a file, the checkpoint is named.
+        has_witness = file.name in ("state.json", "manifest.json")
+        is_named = file.name in said or (has_witness and file.parent.name in said)
         return ("" if is_named else f"nothing names the file: {said}"), True
     if code != 0:
         return f"exit code {code}: {said}", False
