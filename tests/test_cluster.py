@@ -69,6 +69,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextlib.contextmanager
 def agents(*commands: list[str], log: Path, env: dict | None = None) -> Iterator[list]:
     """torchrun agents that run side by side; whatever is left of them in the end is killed."""
@@ -322,15 +327,16 @@ def test_killed_workers_are_replaced_and_the_run_goes_on(data, tmp_path):
 
 @needs_proc
 def test_the_pages_two_nodes_survive_that_a_worker_and_then_a_node_is_killed(data, tmp_path):
-    """The node is started again with the same command, as a cluster would."""
+    """Not the one that hosts the meeting. It is started again with the same command."""
     out, log = tmp_path / "run", tmp_path / "output"
-    command = page_command(free_port(), flags(data, out))
+    port = free_port()
+    command = page_command(port, flags(data, out))
     with agents(command, log=log) as started, log.open("ab") as output:
+        wait_for(lambda: listens(port), "store of the first agent", log)
         started.append(start_agent(command, output))
         wait_for_steps(out, 0, log)
         kill_a_worker(out, log)
         wait_for_steps(out, last_step(out), log)
-        # The second agent is not the one that hosts the meeting.
         for process in children(started[1].pid):
             os.kill(process, signal.SIGKILL)
         started[1].kill()
