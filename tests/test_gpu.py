@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ import sample
 import train_gpt2
 from model import GPT, GPTConfig, NextTokenLoss
 from sample import generate
-from support import plan
+from support import plan, run_directory
 from support.optimizer import state_tensors
 from support.report import UpdateLog
 from support.run_directory import RunDirectory
@@ -526,13 +527,28 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on_as_if_nothing_had_been(device, f
 def test_a_save_beside_the_next_steps_holds_the_weights_of_its_own_step(device, flags, monkeypatch):
     """The checkpoint is written by a thread while the weights go on changing."""
     copies = {}
-    save = RunDirectory.save
+    updated = threading.Event()
+    save, write = RunDirectory.save, run_directory.commit_checkpoint
+    take_step = train_gpt2.train_step
 
     def save_and_copy(run, step, config, weights, *others):
         copies[step] = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+        updated.clear()
         return save(run, step, config, weights, *others)
 
+    def write_after_the_next_update(*args, **others):
+        if len(copies) < 6:
+            assert updated.wait(60), "training does not go on while a checkpoint is written"
+        return write(*args, **others)
+
+    def step_and_tell(*args):
+        figures = take_step(*args)
+        updated.set()
+        return figures
+
     monkeypatch.setattr(RunDirectory, "save", save_and_copy)
+    monkeypatch.setattr(run_directory, "commit_checkpoint", write_after_the_next_update)
+    monkeypatch.setattr(train_gpt2, "train_step", step_and_tell)
     assert run(flags, "--out", "r", "--max-steps", 6, "--save-every", 1) == 0
     assert sorted(copies) == [1, 2, 3, 4, 5, 6]
     for step, expected in copies.items():
