@@ -454,7 +454,7 @@ def csv_text(row: dict[str, str], text_column: str) -> str | Unusable:
 
 
 def read_parquet(stream: BinaryIO, text_column: str, start: int) -> Documents:
-    """A column of a parquet file. Of a file on the hub only this column is downloaded."""
+    """A column of a parquet file."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(stream)
