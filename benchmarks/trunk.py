@@ -96,7 +96,7 @@ def run_all(steps: int, seeds: tuple[int, ...], results: Path, runs: Path, pictu
 
 def train(planned: PlannedRun, seed: int, steps: int, folder: Path, out: Path) -> None:
     """Start a run, or go on with it."""
-    flags = ["--out", out, "--resume", "--max-steps", planned.steps, "--eval-tokens", 65_536]
+    flags = ["--out", out, "--resume", "--max-steps", planned.steps, "--eval-tokens", 16_384]
     flags += ["--sample-every", 0, "--hellaswag-every", 0, "--device", "cpu", *planned.flags]
     if planned.trunk:
         fork = folder / f"{planned.trunk}-seed{seed}" / f"step_{planned.forked_at:06d}"
@@ -113,7 +113,7 @@ def validation_loss(run: Path) -> float:
     """Of the newest checkpoint, on the whole validation split; in nats per byte."""
     data = json.loads((run / "train.json").read_text())["data"]
     data = data if isinstance(data, list) else [data]
-    flags = ["--eval-only", "--init-from", run, "--data", *data, "--eval-tokens", 2**30]
+    flags = ["--eval-only", "--init-from", run, "--data", *data, "--eval-tokens", 2**30, "--micro-batch", 64]
     out = call("train_gpt2.py", *flags, "--device", "cpu")
     return float(re.search(r"validation loss (\S+)", out)[1])
 
