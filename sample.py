@@ -256,9 +256,9 @@ class SampleConfig:
     # A file whose whole content is the prompt; - is standard input.
     prompt_file: Annotated[Path | None, no_file] = None
     interactive: bool = False  # Continue each line that is typed, until Ctrl-D.
-    num_samples: Annotated[int, Range(1)] = 1  # How many texts to generate, as one batch.
+    num_samples: Annotated[int, Range(1, 2**20)] = 1  # How many texts to generate, as one batch.
     # The most tokens to generate. A text can end earlier by itself.
-    max_new_tokens: Annotated[int, Range(1)] = 200
+    max_new_tokens: Annotated[int, Range(1, 2**30)] = 200
     # Below 1 favours likely tokens; 0 always takes the likeliest.
     temperature: Annotated[float, Range(0, math.inf, below=True)] = 0.8
     # Draw from this many of the likeliest tokens; None: from all.

@@ -113,7 +113,17 @@ def validation_loss(run: Path) -> float:
     """Of the newest checkpoint, on the whole validation split; in nats per byte."""
     data = json.loads((run / "train.json").read_text())["data"]
     data = data if isinstance(data, list) else [data]
-    flags = ["--eval-only", "--init-from", run, "--data", *data, "--eval-tokens", 2**30, "--micro-batch", 64]
+    flags = [
+        "--eval-only",
+        "--init-from",
+        run,
+        "--data",
+        *data,
+        "--eval-tokens",
+        2**30,
+        "--micro-batch",
+        64,
+    ]
     out = call("train_gpt2.py", *flags, "--device", "cpu")
     return float(re.search(r"validation loss (\S+)", out)[1])
 
