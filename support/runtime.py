@@ -260,14 +260,17 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module, rows: int) -> bool:
     """Make a GPT generate `rows` texts faster, in place; returns whether that was possible.
 
-    It is possible for bfloat16 weights on a CPU with bfloat16 products. A packed model can neither
-    be trained nor saved.
+    It is possible for bfloat16 weights on a CPU with bfloat16 products, as long as torch has the
+    operators. A packed model can neither be trained nor saved.
     """
     weight = model.head_weight
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return False
     capabilities = torch.cpu.get_capabilities()
     if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return False
+    operators = ("_reorder_linear_weight", "_linear_pointwise")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
     for module in list(model.modules()):
         for name, child in module.named_children():

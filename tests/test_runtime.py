@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tools import tiny_model
 from torch.nn.attention import SDPBackend
 
 from support import runtime
@@ -276,3 +277,14 @@ def test_on_cuda_attention_runs_in_the_preferred_kernel():
     with Runtime(device=torch.device("cuda"), dtype=torch.bfloat16).attention(128):
         y = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     assert "Cudnn" in y.grad_fn.name()
+
+
+# ------------------------------------------------------------------------------- packed weights
+
+
+def test_a_model_stays_as_it_is_where_torch_lacks_the_private_operators(monkeypatch):
+    model = tiny_model().to(torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert not runtime.pack_linears(model, rows=1)
+    assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 257)
