@@ -1,8 +1,9 @@
-r"""How the ranks of a run meet, agree and end together; sums that no number of ranks changes.
+"""How the ranks of a run meet, agree and end together; sums in an order of their own.
 
 torchrun starts the processes and tells each one its rank, how many there are, and the address of a
 store: a small server of keys and values that all can reach. `join()` lets them meet there. `Ranks`
-is what they tell each other from then on. `GradientTree` sums gradients in a fixed order.
+is what they tell each other from then on. `GradientTree` sums gradients in an order that does not
+depend on the number of ranks.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ WHAT_TO_CHECK = "see the table of symptoms in docs/scaling.md"
 class Ranks:
     """This process's place among the ranks of a run, and what they tell each other.
 
-    `Ranks()` is a process alone.
+    `ALONE` is that of a process without others.
     """
 
     rank: int = 0
