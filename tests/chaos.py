@@ -456,6 +456,9 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 def signalled(case: Case) -> None:
     """A signal to one rank stops all of them, and once they train they save first."""
     ranks = case.start()
+    # Ranks that have not met yet wait five minutes for one that is gone; torchrun would end them.
+    while ranks.running() and not (case.run / "train.json").exists():
+        time.sleep(0.01)
     case.wait(ranks)
     number = getattr(signal, case.generator.choice(SIGNALS))
     process = case.generator.choice(ranks.processes)
@@ -533,7 +536,8 @@ def damaged(case: Case) -> None:
     """One file of the newest checkpoint of a finished run is damaged."""
     shutil.copytree(case.calm, case.run)
     newest = max(case.run.glob("step_*"))
-    file = case.generator.choice(sorted(newest.iterdir()))
+    files = [file for file in sorted(newest.iterdir()) if file.name != "README.md"]
+    file = case.generator.choice(files)
     how = case.generator.choice(list(DAMAGES))
     DAMAGES[how](file)
     case.score.kills += 1
