@@ -43,6 +43,7 @@ from fineweb import FINEWEB_EDU_FOLDER, FIRST_RUN_FOLDER
 from model import GPT, SIZES, GPTConfig, KVCache, NextTokenLoss
 from sample import load_model, sample_text
 from support import launch, plan, report, run_directory
+from support.huggingface import load_into
 from support.mixture import parse_data
 from support.network import check_network
 from support.optimizer import (
@@ -617,8 +618,9 @@ def stop(step: int, training: Training) -> None:
     if training.config.save_every:
         save(step, training)
         rt.on_main(run.wait_for_commit)
-    rt.say(report.how_to_go_on(step, training.config, run))
-    raise Stopped(rt.max_over_ranks(training.stop.signum)) from None
+    message = report.how_to_go_on(step, training.config, run)
+    rt.say(message)
+    raise Stopped(rt.max_over_ranks(training.stop.signum), message) from None
 
 
 def stop_if_asked(training: Training) -> None:
@@ -911,7 +913,7 @@ def load_weights(
     encoding: of the data, which --init-from must have too.
     """
     if checkpoint:
-        model.load_state_dict(checkpoint.weights)
+        load_into(model, checkpoint.folder, checkpoint.config, checkpoint.weights)
         rt.say(f"weights        {checkpoint.folder}")
     elif config.init_from:
         found, its_encoding, picked = load_model(config.init_from)

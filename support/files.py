@@ -115,15 +115,14 @@ def remove(path: Path) -> None:
 def open_file(file: Path) -> BinaryIO:
     """Open a regular file for reading; a FIFO, a device or a directory is refused without waiting.
 
-    Raises UserError, also where the file is missing or may not be read.
+    Raises UserError, also where the file is missing; OSError where it cannot be read.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(file, flags)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{file}: {error.strerror}; expected a file that can be read; check the path and its "
-            "permissions"
+            f"{file}: {error.strerror}; expected a file that can be read; check the path"
         ) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -159,7 +158,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[bytes, dict | None]]:
             yield line, entry if isinstance(entry, dict) else None
 
 
-def read_json(file: Path, shape: dict, limit: int = 2**20) -> dict:
+def read_json(file: Path, shape: dict, limit: int = 2**24) -> dict:
     """A JSON file of at most `limit` bytes, checked against `shape`. Raises UserError.
 
     The shape is an example of the file, with types in place of values:

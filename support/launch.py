@@ -86,7 +86,7 @@ def configuration(
     """The configuration of a command line, and lines that say where it comes from."""
     source = source_flags(args)
     require_named_run(source.out, source.resume)
-    recipe, why = choose_recipe(source, recipes)
+    recipe, why = choose_recipe(config_class, source, recipes)
     out = ""
     if source.resume:
         folder = run_to_continue(source, recipe)
@@ -96,12 +96,12 @@ def configuration(
         why += f"; there is no run in {folder} yet, so it is started"
     asks_for_help = "-h" in args or "--help" in args  # which must not fetch a model
     if source.fork:
-        return forked(config_class, source, out, description, args)
+        return forked(config_class, source, recipe, out, description, args)
     defaults = recipes[recipe]
     lines = [f"recipe {recipe}, {why}"]
     if source.config:
         file = train_json(source.config)
-        defaults = read_train_json(config_class, file)
+        defaults = replace(read_train_json(config_class, file), fork="")
         lines = [f"with the values of {file}", *what_it_names(defaults)]
     elif source.init_from and not asks_for_help:
         defaults = shaped_like(defaults, source.init_from)
@@ -109,7 +109,7 @@ def configuration(
         lines[0] += f"; for a model of this size --learning-rate is {rate:g} by default"
     if source.eval_only:  # as many as published figures are measured on
         defaults = replace(defaults, eval_tokens=config_class.eval_tokens)
-    defaults = replace(defaults, recipe=source.recipe or defaults.recipe, out=out)
+    defaults = replace(defaults, recipe=recipe, out=out)
     return parse_flags(config_class, defaults, description, args), lines
 
 
@@ -129,7 +129,9 @@ def source_flags(args: list[str]) -> argparse.Namespace:
     return parser.parse_known_args(args)[0]
 
 
-def choose_recipe(source: argparse.Namespace, recipes: dict[str, Any]) -> tuple[str, str]:
+def choose_recipe(
+    config_class: type, source: argparse.Namespace, recipes: dict[str, Any]
+) -> tuple[str, str]:
     """The recipe, and why: as asked, or what the other flags and the data that are here suggest."""
     if source.recipe:
         require(
@@ -137,6 +139,9 @@ def choose_recipe(source: argparse.Namespace, recipes: dict[str, Any]) -> tuple[
             f"--recipe {source.recipe}; expected one of {', '.join(recipes)}; choose one of them",
         )
         return source.recipe, "as asked"
+    if source.config or source.fork:
+        file = train_json(source.config or source.fork)
+        return read_train_json(config_class, file).recipe, f"that of {file}"
     if source.init_from:
         return "finetune", "because --init-from is given"
     (corpus,) = recipes["gpt2"].data
@@ -245,6 +250,7 @@ def continued(
 def forked(
     config_class: type,
     source: argparse.Namespace,
+    recipe: str,
     out: str,
     description: str,
     args: list[str],
@@ -257,7 +263,7 @@ def forked(
     )
     file = train_json(source.fork)
     saved = replace(read_train_json(config_class, file), fork="", init_from="")
-    defaults = replace(saved, fork=source.fork, out=out, recipe=source.recipe or saved.recipe)
+    defaults = replace(saved, fork=source.fork, out=out, recipe=recipe)
     config = parse_flags(config_class, defaults, description, args)
     fixed = [name for name in FIXED_IN_FORK if getattr(saved, name) != getattr(config, name)]
     require(
@@ -266,7 +272,7 @@ def forked(
         f"moments; expected the values of {file}; start from its weights alone with "
         f"--config {source.fork} --init-from {source.fork} in place of --fork",
     )
-    lines = [f"a fork of {source.fork}, with the values of {file}"]
+    lines = [f"a fork of {source.fork}, with the values of {file}", *what_it_names(config)]
     for name in changes(saved, config, {"fork", "out", "resume", "recipe"}):
         lines.append(f"  {name:<20} {words(getattr(saved, name))} → {words(getattr(config, name))}")
     return config, lines
@@ -341,6 +347,7 @@ def check_agreement(config: Any, rt: Runtime) -> None:
     """Refuse ranks that were started with other flags, on other code, or with another torch."""
     values = {flag(name): value for name, value in asdict(replace(config, out="")).items()}
     values |= {"the code": run_directory.hash_of_code(), "torch": torch.__version__}
+    values |= {"kind of device": rt.device.type, "precision": str(rt.dtype)}
     rt.same_on_all(values, "the same flags, train.json and code on every rank")
 
 
@@ -360,6 +367,11 @@ def next_sample(
                 f"with others in a new run: --fork {run.folder}"
             )
         )
+    require(
+        found.step <= config.max_steps,
+        f"--max-steps {config.max_steps}; expected at least {found.step}, the step of "
+        f"{found.folder}; raise it, or fork an earlier step",
+    )
     if not same_data:
         return 0
     return found.state.get("samples", found.step * config.sequences_per_step)

@@ -347,7 +347,7 @@ def plan_elsewhere(config: PlanConfig) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    help_text = __doc__.partition("\nEverything here")[0]
+    help_text = (__doc__ or "").partition("\nEverything here")[0]
     config = parse_flags(PlanConfig, PlanConfig(), help_text, args)
     if config.run:
         of_run = replace(PlanConfig(), **values_of_run(config.run))

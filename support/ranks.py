@@ -307,6 +307,7 @@ def place() -> tuple[int, int]:
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
             take_place_from_slurm()
+            return place()  # srun may have set PMI_SIZE too
         for launcher, name in (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpiexec", "PMI_SIZE")):
             tasks = os.environ.get(name, "1")  # each would take itself for the only one
             require(

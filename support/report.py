@@ -132,7 +132,8 @@ class TrainingProgress:
         tokens_per_second = self.config.total_batch_tokens / seconds
         self.step = step
         self.seconds += seconds
-        self.losses.append(loss)
+        if self.rt.is_main:
+            self.losses.append(loss)
         self.progress.update(step, self.describe)
         mfu = self.mfu(tokens_per_second)
         return {"tokens_per_second": round(tokens_per_second, 1), "mfu": mfu}
@@ -306,25 +307,27 @@ def how_to_go_on(step: int, config: Any, run: RunDirectory) -> str:
     """The last line of a run that was stopped."""
     if run.last_saved != step:
         return f"stopped after step {step}; this step was not saved, since --save-every is 0"
-    command = [*launcher(), "--out", str(run.folder), "--resume"]
+    flags = ["--out", str(run.folder), "--resume"]
     if config.resume:  # its data may lie elsewhere now than where train.json says
-        command += ["--data", *config.data]
-    return f"stopped after step {step}; to go on: {shlex.join(command)}"
+        flags += ["--data", *config.data]
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if os.environ.get("WORLD_SIZE", "1") != ranks_here:
+        return (
+            f"stopped after step {step}; to go on: the same command on each machine, with "
+            f"{shlex.join(flags)}"
+        )
+    return f"stopped after step {step}; to go on: {shlex.join([*launcher(), *flags])}"
 
 
 def launcher() -> list[str]:
     """The command that this process was started with, up to the script's flags."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-        standalone = ["--standalone"] if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else []
-        return [
-            "torchrun",
-            *standalone,
-            f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}",
-            *([f"--max-restarts={restarts}"] if restarts != "0" else []),
-            sys.argv[0],
-        ]
-    return ["python", sys.argv[0]]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["python", sys.argv[0]]
+    command = ["torchrun", "--standalone", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0":
+        command.append(f"--max-restarts={restarts}")
+    return [*command, sys.argv[0]]
 
 
 def what_next(config: Any, run: RunDirectory, encoding: str) -> list[str]:

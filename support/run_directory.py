@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -62,6 +63,8 @@ from support.script import Stopped, UserError, require, say, shown
 from support.shards import ENCODINGS
 
 # The shapes of the JSON files; see files.read_json.
+# What a start that began no run may have left.
+OWN_NAMES = re.compile(r"\.lock|\.lock-holder|log(-old)?\.jsonl|\.\w+\.tmp")
 BEST = {"step": int, "val_loss": float}
 ORIGIN = {"run": str, "step": int, "samples": int, "weights": str}
 
@@ -88,6 +91,7 @@ class RunDirectory:
         self.listeners: list[Callable[[str, int, dict], None]] = []  # told what is logged
         self.step = 0  # updates done when this process took the run over
         self.tokens = 0  # read until then
+        self.train_json = ""  # its sha256: an edit during the run shows at the next resume
         self.elapsed = 0.0  # seconds of training, evaluations and saves excluded
         self.last_saved: int | None = None
         self.logged: frozenset[str] = frozenset()  # events of `step` that are done already
@@ -123,6 +127,13 @@ class RunDirectory:
                 f"{self.folder}: holds a run; expected a new directory; continue that run with "
                 "--resume, or choose another --out"
             )
+        others = [name for name in os.listdir(self.folder) if not OWN_NAMES.fullmatch(name)]
+        if not is_run(self.folder) and others:
+            self._lock.close()
+            raise UserError(
+                f"{self.folder}: holds {sorted(others)[0]}; expected an empty or a new directory, "
+                "since a run removes what it takes for its own; choose another --out"
+            )
 
     def begin(self, config: dict, device: torch.device, origin: dict | None = None) -> None:
         """Start a new run: at step 0, or as a fork of another one (see `Checkpoint.as_origin`).
@@ -138,7 +149,8 @@ class RunDirectory:
             begin_log(self.folder, self.say)
         self.validation_losses = validation_losses(self.folder)
         values = config | {"origin": origin, "started": provenance(device)}
-        write_file(self.folder / "train.json", (json.dumps(values, indent=2) + "\n").encode())
+        text = json.dumps(values, indent=2) + "\n"
+        self.train_json = write_file(self.folder / "train.json", text.encode())
 
     def load_newest(self) -> Checkpoint | None:
         """Go back to the newest valid checkpoint; None where nothing was saved.
@@ -148,6 +160,7 @@ class RunDirectory:
         checkpoints, which are damaged, are set aside, so that they are never counted again.
         """
         remove_leftovers(self.folder)
+        self.train_json = file_sha256(self.folder / "train.json")
         read_best(self.folder)  # what is wrong with it is said now, not at the first save
         checkpoint = newest_valid(self.folder, self.say)
         if checkpoint:
@@ -229,7 +242,7 @@ class RunDirectory:
             "step": step,
             "tokens": self.tokens_at(step),
             "elapsed": self.elapsed,
-            "train_json": file_sha256(self.folder / "train.json"),
+            "train_json": self.train_json,
             **state,
         }
         # The event is in the log before the checkpoint is there: a resumed run cuts the log back to
@@ -400,13 +413,16 @@ def with_events(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def newest_valid(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that can be continued; newer ones that cannot are reported."""
+    """The newest checkpoint that is valid; newer ones that are not are reported.
+
+    A file that cannot be read raises OSError: it may be sound, and readable after a restart.
+    """
     folders = step_directories(run)
     while folders:
         folder = folders.pop()
         try:
             return load_checkpoint(folder)
-        except (UserError, OSError) as error:
+        except UserError as error:
             if not folder.exists():  # the run goes on elsewhere, and has pruned it meanwhile
                 folders = step_directories(run)
                 continue

@@ -258,18 +258,19 @@ def _parent_has_ended() -> bool:
 
 
 class StopRequest:
-    """While it is entered, the first stop signal only sets `signum`; the second one stops at once.
+    """While it is entered, a stop signal only sets `signum`; Ctrl-C or SIGTERM twice stops at once.
 
-    The work looks at `signum` where stopping is safe. Under torchrun a repeated signal is ignored:
-    Ctrl-C reaches a worker twice there, once from the terminal and once from torchrun, and
-    torchrun itself kills workers that take longer than its grace period.
+    The work looks at `signum` where stopping is safe. Schedulers send one signal after another, and
+    a closed terminal sends SIGHUP twice: that is no haste. Under torchrun a repeated signal is
+    ignored: Ctrl-C reaches a worker twice there, once from the terminal and once from torchrun,
+    and torchrun itself kills workers that take longer than its grace period.
     """
 
     def __init__(self):
         self.signum = 0
 
     def _handle(self, signum, frame):
-        repeated = self.signum != 0
+        repeated = self.signum == signum and signum in (signal.SIGINT, signal.SIGTERM)
         self.signum = signum
         if repeated and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise Stopped(signum, at_once=True)
@@ -414,7 +415,7 @@ def what_the_machine_lacks(error: BaseException, out_of_memory: str) -> str:
     if isinstance(error, RuntimeError) and "can't start new thread" in reason:
         remedy = "raise the limit (ulimit -u, or the container's), or end other processes"
         return f"error: {reason}; expected to be allowed more threads; {remedy}"
-    if type(error).__name__ == "InductorError":  # torch.compile's
+    if type(error).__name__ == "InductorError" and "ompiler" in str(error):  # torch.compile's
         remedy = "install one (on Debian with apt install g++), or use --no-compile"
         return f"error: torch.compile: {reason}; expected a working C++ compiler; {remedy}"
     return ""

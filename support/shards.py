@@ -184,6 +184,7 @@ def add_downloaded_shard(download: Path, file: Path, sha256: str | None) -> dict
         f"{file}: sha256 {digest}; expected {sha256}; the download was damaged: run the same "
         "command again",
     )
+    sync(download)
     os.replace(download, file)
     sync(file.parent)
     return {"name": file.name, "tokens": shard.count, "sha256": digest}
@@ -300,7 +301,7 @@ def _encoding_of(shards: list[Shard]) -> str:
 
 
 # corpus_val_000000.bin, val.npy, validation-00000.bin, val_00000_00000_doc_shuffled.ds
-VALIDATION_FILE = re.compile(r"(^|[_.-])val(id|idation)?([_.-]?\d+)*(_\w*shuffled)?\.\w+$")
+VALIDATION_FILE = re.compile(r"(^|[_.-])val(id|idation)?([_.-]?\d)*(_\w*shuffled)?\.\w+$")
 # An evaluation reads at most 10,485,760 tokens, and the last one needs a target.
 MAX_VALIDATION_TOKENS = 10_485_760 + 1
 

@@ -240,3 +240,43 @@ def test_every_flag_has_help():
     help_text = run_python("train_gpt2.py", "--help").stdout
     for name in asdict(RECIPES["gpt2"]):
         assert launch.flag(name) in help_text, name
+
+
+def test_values_of_a_fork_do_not_fork_again(here):
+    """--config takes values alone."""
+    assert train("--fork", "r/step_000002", "--out", "f") == 0
+    assert configuration("--config", "f").fork == ""
+
+
+def test_a_run_from_a_file_is_found_again_under_its_recipe(here):
+    """Without --out: the directory follows from the file's recipe, with --resume as without."""
+    values = json.loads(Path("r/train.json").read_text()) | {"recipe": "mine"}
+    Path("mine.json").write_text(json.dumps(values))
+    assert train("--config", "mine.json") == 0
+    assert configuration("--config", "mine.json", "--resume").out == "runs/mine"
+
+
+def test_a_fork_that_would_end_before_it_begins_is_refused(here, capfd):
+    assert train("--fork", "r", "--max-steps", 3, "--out", "f") == 2
+    assert "--max-steps 3; expected at least 4" in last_error(capfd)
+    assert not Path("f").exists()
+
+
+def test_a_train_json_may_name_many_files(here):
+    Path("books").mkdir()
+    for number in range(3):
+        Path(f"books/{number}.txt").write_text("A book of some words. " * 100)
+    names = [f"books/{number}.txt" for number in range(3)]
+    values = json.loads(Path("r/train.json").read_text())
+    values["data"] = names + [f"books/{'x' * 200}.txt"] * 8000
+    Path("long.json").write_text(json.dumps(values))
+    assert configuration("--config", "long.json").data[:3] == tuple(names)
+
+
+def test_a_folder_of_other_files_is_no_run_directory(here, capfd):
+    Path("mine").mkdir()
+    Path("mine/.draft.tmp").write_text("not yours")
+    Path("mine/thesis.tex").write_text("nor this")
+    assert train("--data", "text", *TINY, "--out", "mine") == 2
+    assert "mine: holds thesis.tex" in last_error(capfd)
+    assert Path("mine/.draft.tmp").read_text() == "not yours"
