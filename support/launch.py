@@ -86,27 +86,29 @@ def configuration(
     """The configuration of a command line, and lines that say where it comes from."""
     source = source_flags(args)
     require_named_run(source.out, source.resume)
+    if source.resume and source.out and run_directory.is_run(Path(source.out)):
+        return continued(config_class, Path(source.out), description, args)
     recipe, why = choose_recipe(config_class, source, recipes)
-    out = ""
+    out = source.out
     if source.resume:
-        folder = run_to_continue(source, recipe)
-        out = str(folder)
-        if run_directory.is_run(folder):
-            return continued(config_class, folder, source, description, args)
-        why += f"; there is no run in {folder} yet, so it is started"
-    asks_for_help = "-h" in args or "--help" in args  # which must not fetch a model
+        out = str(run_to_continue(source, recipe))
+        if run_directory.is_run(Path(out)):
+            return continued(config_class, Path(out), description, args)
+        why += f"; there is no run in {out} yet, so it is started"
     if source.fork:
         return forked(config_class, source, recipe, out, description, args)
-    defaults = recipes[recipe]
-    lines = [f"recipe {recipe}, {why}"]
+    asks_for_help = "-h" in args or "--help" in args  # which must not fetch a model
     if source.config:
         file = train_json(source.config)
         defaults = replace(read_train_json(config_class, file), fork="")
         lines = [f"with the values of {file}", *what_it_names(defaults)]
     elif source.init_from and not asks_for_help:
-        defaults = shaped_like(defaults, source.init_from)
-        rate = defaults.learning_rate
-        lines[0] += f"; for a model of this size --learning-rate is {rate:g} by default"
+        defaults = shaped_like(recipes[recipe], source.init_from)
+        why += f"; for a model of this size --learning-rate is {defaults.learning_rate:g}"
+        lines = [f"recipe {recipe}, {why} by default"]
+    else:
+        defaults = recipes[recipe]
+        lines = [f"recipe {recipe}, {why}"]
     if source.eval_only:  # as many as published figures are measured on
         defaults = replace(defaults, eval_tokens=config_class.eval_tokens)
     defaults = replace(defaults, recipe=recipe, out=out)
@@ -216,11 +218,7 @@ def run_to_continue(source: argparse.Namespace, recipe: str) -> Path:
 
 
 def continued(
-    config_class: type,
-    folder: Path,
-    source: argparse.Namespace,
-    description: str,
-    args: list[str],
+    config_class: type, folder: Path, description: str, args: list[str]
 ) -> tuple[Any, list[str]]:
     """The configuration of a run that is continued, with the flags that may change."""
     saved = replace(

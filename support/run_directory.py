@@ -12,6 +12,8 @@ One process writes a run: it holds the lock of the directory. Reading needs none
 
 import contextlib
 import datetime
+import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -91,7 +93,6 @@ class RunDirectory:
         self.listeners: list[Callable[[str, int, dict], None]] = []  # told what is logged
         self.step = 0  # updates done when this process took the run over
         self.tokens = 0  # read until then
-        self.train_json = ""  # its sha256: an edit during the run shows at the next resume
         self.elapsed = 0.0  # seconds of training, evaluations and saves excluded
         self.last_saved: int | None = None
         self.logged: frozenset[str] = frozenset()  # events of `step` that are done already
@@ -149,8 +150,7 @@ class RunDirectory:
             begin_log(self.folder, self.say)
         self.validation_losses = validation_losses(self.folder)
         values = config | {"origin": origin, "started": provenance(device)}
-        text = json.dumps(values, indent=2) + "\n"
-        self.train_json = write_file(self.folder / "train.json", text.encode())
+        write_file(self.folder / "train.json", (json.dumps(values, indent=2) + "\n").encode())
 
     def load_newest(self) -> Checkpoint | None:
         """Go back to the newest valid checkpoint; None where nothing was saved.
@@ -160,7 +160,6 @@ class RunDirectory:
         checkpoints, which are damaged, are set aside, so that they are never counted again.
         """
         remove_leftovers(self.folder)
-        self.train_json = file_sha256(self.folder / "train.json")
         read_best(self.folder)  # what is wrong with it is said now, not at the first save
         checkpoint = newest_valid(self.folder, self.say)
         if checkpoint:
@@ -242,7 +241,7 @@ class RunDirectory:
             "step": step,
             "tokens": self.tokens_at(step),
             "elapsed": self.elapsed,
-            "train_json": self.train_json,
+            "train_json": self.hash_of_train_json,
             **state,
         }
         # The event is in the log before the checkpoint is there: a resumed run cuts the log back to
@@ -257,6 +256,11 @@ class RunDirectory:
             prune(self.folder, keep, spare)
 
         self._commit = self._writer.submit(commit)
+
+    @functools.cached_property
+    def hash_of_train_json(self) -> str:
+        """Taken once: an edit during the run shows at the next resume."""
+        return file_sha256(self.folder / "train.json")
 
     def wait_for_commit(self) -> None:
         """Return once log and last checkpoint are on disk. Raises what went wrong with them."""
@@ -415,14 +419,17 @@ def with_events(checkpoint: Checkpoint) -> Checkpoint:
 def newest_valid(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is valid; newer ones that are not are reported.
 
-    A file that cannot be read raises OSError: it may be sound, and readable after a restart.
+    A disk that cannot read a file has damaged it. Any other OSError is raised: after a restart the
+    file may be read, and be sound.
     """
     folders = step_directories(run)
     while folders:
         folder = folders.pop()
         try:
             return load_checkpoint(folder)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EIO:
+                raise
             if not folder.exists():  # the run goes on elsewhere, and has pruned it meanwhile
                 folders = step_directories(run)
                 continue
