@@ -137,7 +137,7 @@ class GPT(nn.Module):
     the module has are saved and loaded, by name: an added one needs no further edit.
     """
 
-    encoding_name: str | None = None  # what the config.json of a loaded model says
+    encoding_name: str | None = None  # of the tokens, as a loaded model's config.json says it
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -178,7 +178,8 @@ class GPT(nn.Module):
     def head_weight(self) -> torch.Tensor:
         """The output head (V, C): the token embedding, used a second time.
 
-        Logits, loss and scoring ask here alone, so another parameter here is a head of its own.
+        Logits, loss and scoring read the head through this property alone. To untie it, add a
+        parameter and return it here (docs/change-the-network.md).
         """
         return self.transformer.wte.weight
 
@@ -203,8 +204,9 @@ class GPT(nn.Module):
             by default causal.
         cache: idx continues the tokens that are in it; positions and mask follow from it.
 
-        Positions end at block_size: one token more is a ValueError. With a cache the caller must
-        count (sample.py does, and starts anew), since only the device knows how full it is.
+        Without positions and cache, more than block_size tokens raise ValueError. With a cache this
+        is not checked, because the host would wait for the device: the caller counts, as
+        sample.stream does.
         """
         T = idx.size(1)
         if cache is not None:
@@ -215,7 +217,7 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
+        for block in self.transformer.h:  # gradient checkpointing would wrap this call
             x = block(x, mask, cache)
         if cache is not None:
             cache.position += T
@@ -259,7 +261,7 @@ class GPT(nn.Module):
         """What is saved: values for config.json, and the weights by name, which are not copied."""
         config = asdict(self.config)
         config["tie_word_embeddings"] = self.head_weight is self.transformer.wte.weight
-        config["network_probe"] = probe(self.tiny)
+        config["network_probe"] = probe(self.tiny)  # tells other networks' files
         if self.encoding_name:
             config["encoding"] = self.encoding_name
         return config | extra, self.state_dict()
@@ -302,8 +304,8 @@ class KVCache:
         a compiled step for one token is the same graph at every position. No query sees the other
         places: the mask of `next_positions` hides them.
     num_places_read: attention reads this many of the places, at first all. A caller may lower it,
-        before each call, to the number of tokens stored after it. That changes no result, because
-        the mask decides, but saves time (sample.py does so).
+        before each call, to the number of tokens that the cache will hold when the call returns.
+        That changes no result, because the mask decides, but saves time (sample.py does so).
     """
 
     def __init__(
@@ -423,6 +425,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss / N
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # its gradients are constants of the backward pass
     def backward(ctx, grad):
         """grad: the derivative of the final loss with respect to this one, a scalar."""
         dx_NC, dw_VC = ctx.saved_tensors

@@ -51,8 +51,8 @@ def next_token(
 
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: draw only from the top_k likeliest tokens.
-    top_p: draw only from the nucleus, the fewest likeliest tokens whose probabilities (among the
-    top_k) add up to top_p (Holtzman et al. 2020, arXiv 1904.09751).
+    top_p: draw only from the nucleus, the smallest set of likeliest tokens whose probabilities
+    (among the top_k) add up to at least top_p (Holtzman et al. 2020, arXiv 1904.09751).
     generator: the source of randomness, on the logits' device.
 
     Nothing here makes the host wait for a GPU.
@@ -159,7 +159,7 @@ def new_cache(model: GPT, batch_size: int, num_tokens: int, compiled: bool) -> K
     length = model.config.block_size
     if not compiled:
         length = min(length, num_tokens)
-    # On a CPU attention of one query takes half as long as in bfloat16.
+    # On a CPU, attention of one query in float32 takes half the time that it takes in bfloat16.
     dtype = torch.float32 if model.device.type == "cpu" else model.head_weight.dtype
     cache = KVCache(model.config, batch_size, length, model.device, dtype)
     if compiled:  # a CUDA graph writes to the addresses it was recorded with
@@ -309,7 +309,10 @@ def main() -> None:
         "top_k": config.top_k,
         "top_p": config.top_p,
         "generator": torch.Generator(rt.device).manual_seed(config.seed),
-        "compiled": rt.device.type == "cuda" and config.max_new_tokens >= COMPILE_REPAID,
+        # A dialogue has a cache for each line, and compiled code is made for one cache.
+        "compiled": rt.device.type == "cuda"
+        and config.max_new_tokens >= COMPILE_REPAID
+        and not config.interactive,
     }
     for prompt in prompts(config):
         note_on_length(prompt, model, encoding)

@@ -187,6 +187,7 @@ def _permute(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     permutation of 0 … n-1 (cycle walking, Black and Rogaway 2002). The domain is at most four times
     as large as n, so few repetitions are needed.
     """
+    # The smallest h with 4^h >= n.
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     round_keys = _round_keys(seed, epoch)
     result = places.astype(np.uint64)

@@ -357,7 +357,7 @@ def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Modul
     1) NextTokenLoss runs the model and computes the loss.
     2) With several ranks, DDP is around it: in a backward pass it replaces each gradient by its
        mean over the ranks, so that all copies of the model make the same update. (FSDP would take
-       its place, and GPT.saved_form would gather what it has divided.)
+       its place. Then `save`, `build` and `restore` have to gather and divide weights and moments.)
     3) torch.compile, if it is asked for, compiles forward and backward together.
 
     `model` itself stays plain: samples, HellaSwag and checkpoints use it.
@@ -370,9 +370,8 @@ def make_loss_function(model: GPT, config: TrainConfig, rt: Runtime) -> nn.Modul
     if config.compile:
         loss_fn = rt.compile(loss_fn, config.seq_len)
     if uses_ddp:
-        # DDP makes other buckets of gradients after its first backward pass, and the last bits of a
-        # sum depend on them. Two passes on zeros settle the buckets, so that a continued run, which
-        # has one more first pass, rounds as an undisturbed one.
+        # After its first backward pass DDP regroups its buckets of gradients, and the last bits of
+        # sums depend on them. Without these passes on zeros that would happen after each resume.
         zeros = torch.zeros(config.micro_batch, config.seq_len + 1, dtype=torch.long)
         for _ in range(2):
             micro_batch_loss(loss_fn, zeros, config, rt, number=0).backward()
@@ -403,9 +402,9 @@ def micro_batch_loss(
 ) -> Tensor:
     """The mean loss of the windows, int64 (B, T + 1), of which targets are the last T tokens.
 
-    number: of this micro-batch, counted over all ranks and steps of the run. Dropout's noise
-    follows from it and from the seed, so the number of ranks changes nothing. Another --micro-batch
-    draws other noise.
+    number: the index of this micro-batch among all of the run. With 4 micro-batches a step, those
+    of step 10 are 40 to 43, and rank 1 of 2 has 42 and 43. It seeds dropout's noise, which so does
+    not depend on the number of ranks. Another --micro-batch draws other noise.
     """
     if config.dropout:
         torch.manual_seed((config.seed + 1_000_003 * number) % 2**63)
@@ -434,8 +433,7 @@ def train_step(
     first_number = (step * rt.world_size + rt.rank) * len(micro_batches)
     parameters = [p for group in optim.param_groups for p in group["params"]]
     tree = GradientTree(parameters, rt) if config.deterministic else None
-    # Gradients are divided by the number of ranks too: here for the tree, which adds them up, and
-    # by DDP itself where it takes their mean.
+    # DDP takes the mean over ranks, so it divides by their number. The tree only adds.
     divisor = len(micro_batches) * (rt.world_size if tree else 1)
     loss = torch.zeros((), device=rt.device)
     # 1) Each micro-batch adds its part to p.grad.
@@ -453,7 +451,7 @@ def train_step(
     gradient_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     # 3) The weights are updated, the same on every rank.
     if guard is None or not guard.leaves_out(loss):
-        optim.step()  # an average of weights would follow, saved in `save` and put back in `build`
+        optim.step()  # an average of weights would follow; `save`, `build`, `validate` need it too
     # DDP keeps gradients in its buckets, so they are set to zero there. One rank frees them.
     optim.zero_grad(set_to_none=rt.world_size == 1)
     return {"loss": loss, "grad_norm": gradient_norm}
@@ -470,9 +468,9 @@ def evaluate(
 ) -> dict:
     """Validation loss over the first `eval_tokens` tokens of a split.
 
-    Returns val_loss in nats per token, bits_per_byte, and the number of tokens predicted. Rank
-    i mod W reads batch i, so any number of ranks reads the same tokens. `between_batches` is called
-    equally often on every rank, and may raise to end the evaluation.
+    Returns val_loss in nats per token, bits_per_byte, and the number of tokens predicted. Batch i
+    is read by rank i % W, so any number of ranks reads the same tokens. `between_batches` is
+    called equally often on every rank, and may raise to end the evaluation.
     """
     was_training = model.training
     model.eval()
@@ -547,7 +545,7 @@ class Training:
     model: GPT  # the plain one, neither compiled nor distributed
     optimizer: Optimizer
     guard: SpikeGuard
-    run: RunDirectory
+    run: RunDirectory  # each rank has one; what returns a value is asked on rank 0 (rt.on_main)
     first_sample: int  # the first that this process reads
     side_work: report.SideWork
     stop: StopRequest
@@ -566,10 +564,10 @@ class AllRanksStop(BaseException):
 def train(training: Training) -> None:
     """Train from the step that the run stands at to max_steps.
 
-    At the head of the loop the model has seen exactly `step` updates: what is validated and saved
-    there is named `step`. The line of update s in the log has the loss before that update. On a GPU
-    it is written when the next update has been launched, so that the GPU never waits. A loss or a
-    gradient that is not finite ends the run there, before any save.
+    Eval, sample and checkpoint of step s are of the weights after s updates. The log's train line
+    of step s has the loss before update s. On a GPU that line is written when the next update has
+    been launched, so that the GPU never waits. A loss or gradient that is not finite ends the run
+    there, before any save.
     """
     config, rt, run = training.config, training.rt, training.run
     loss_fn = make_loss_function(training.model, config, rt)
@@ -839,7 +837,7 @@ def build(config: TrainConfig, data: Mixture, run: RunDirectory, rt: Runtime) ->
     checkpoint = rt.on_main(find_checkpoint, config, run, share=False)  # None on other ranks
     rt.on_main(load_weights, model, checkpoint, config, data.encoding, rt)
     rt.send_from_main(model.state_dict().values())
-    # Without its tensors every rank knows the checkpoint.
+    # The other ranks hear of the checkpoint; its tensors stay on rank 0, and `restore` sends them.
     found = rt.broadcast(checkpoint and checkpoint.without_tensors())
     if found is None:
         rt.on_all(check_network, GPT, NextTokenLoss, KVCache)
@@ -880,12 +878,12 @@ def go_on(
     It reads on where that run stood, or other data from their first sample.
     """
     first_sample = launch.next_sample(found, config, data.fingerprint, run, rt)
-    is_fork = not rt.on_main(run_directory.is_run, run.folder)
-    if is_fork:
+    begins_a_fork = not rt.on_main(run_directory.is_run, run.folder)
+    if begins_a_fork:
         origin = found.as_origin(first_sample)
         rt.on_main(run.begin, launch.saved_values(config), rt.device, origin)
     run.continue_from(found)
-    if is_fork:
+    if begins_a_fork:
         rt.on_main(say_seam, config, run)
     return first_sample
 
