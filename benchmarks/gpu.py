@@ -123,7 +123,7 @@ def optimizer_steps(setting: Setting, name: str) -> Ready:
 
     rt = setting.our_runtime()
     model = GPT.from_pretrained(setting.weights()).to(rt.device)
-    optimizer = build_optimizer(model, TrainConfig(optimizer=name, learning_rate=1e-5))
+    optimizer = build_optimizer(model, TrainConfig(optimizer=name, learning_rate=1e-5, min_lr=0.0))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
 

@@ -52,6 +52,7 @@ def our_step(work: Work, compiled: bool, micro_batch: int) -> tuple[float, Step]
         micro_batch=micro_batch,
         total_batch_tokens=work.B * work.T,
         learning_rate=LEARNING_RATE,
+        min_lr=0.0,
         compile=compiled,
     )
     with torch.no_grad():

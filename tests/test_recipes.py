@@ -117,7 +117,7 @@ def test_the_commands_of_the_trunk_experiment_are_understood(commands, tmp_path,
     monkeypatch.chdir(tmp_path)
     for planned in trunk.planned_runs(80):
         trunk.train(planned, 11, 80, Path("runs"), Path("runs", f"{planned.name}-seed11"))
-    saved = json.dumps(asdict(RECIPES["first-run"]) | {"seed": 11})
+    saved = json.dumps(asdict(RECIPES["first-run"]) | {"seed": 11, "warmup_steps": 1})
     for train_json in Path("runs").glob("*/train.json"):
         train_json.write_text(saved)  # what a fork takes its values from
     for number, (_script, *flags) in enumerate(commands):

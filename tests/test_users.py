@@ -288,18 +288,6 @@ def test_the_learning_rate_of_fine_tuning_is_said_and_bounded(finished, in_tmp, 
 # ---------------------------------------------------------------------------------- a changed model
 
 
-def test_the_readmes_schedule_works_without_warmup_and_falls_to_zero():
-    (code,) = re.findall(r"```python\n(warmup = .*?)```", (ROOT / "README.md").read_text(), re.S)
-    body = "".join(f"    {line}\n" for line in code.splitlines())
-    scope = {}
-    exec(f"def learning_rate(step, config):\n{body}", scope)
-    for warmup_steps in (0, 10):
-        config = replace(train_gpt2.RECIPES["first-run"], max_steps=100, warmup_steps=warmup_steps)
-        rates = [scope["learning_rate"](step, config) for step in range(101)]
-        assert max(rates) == rates[50] == config.learning_rate
-        assert 0 < rates[0] and rates[100] == 0
-
-
 @pytest.mark.parametrize("max_steps", [1, 2])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_shortest_runs_have_a_learning_rate(max_steps, schedule):
