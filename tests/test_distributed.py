@@ -113,6 +113,17 @@ def test_ranks_learn_with_dropout_what_one_process_learns(
     assert np.allclose(one, several, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("world_size, optimizer", CASES[2:])
+def test_a_fork_on_ranks_ends_with_the_bits_of_its_parent(
+    campaigns, tmp_path, world_size, optimizer
+):
+    parent = campaigns[0] / f"calm-{world_size}-{optimizer}"
+    before, last = sorted(parent.glob("step_*"))[-2:]
+    run_ranks(world_size, ["--fork", before, "--out", tmp_path / "fork"], tmp_path / "output")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "fork" / last.name / file).read_bytes() == (last / file).read_bytes()
+
+
 def print_how_gradients_differ() -> None:
     """Of two passes over the first batch, before the first update."""
     real = train_gpt2.train_step
