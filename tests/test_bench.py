@@ -106,7 +106,7 @@ def test_peers_give_our_outputs(tmp_path, subject):
 
 
 def test_the_command_measures_data_and_writes_json(tmp_path):
-    """Three contenders, one of them ours, whose streams of tokens are equal."""
+    """Four contenders, one of them ours, whose streams of tokens are equal."""
     file = tmp_path / "data.json"
     done = run_python("benchmarks/bench.py", "data", "--tiny", "--rounds", 1, "--json", file)
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def test_the_command_measures_data_and_writes_json(tmp_path):
     assert figures["machine"]["versions"]["torch"]
     assert figures["date"]
     (case,) = figures["results"]
-    assert len(case["rows"]) == 3
+    assert len(case["rows"]) == 4
     assert not any(row["fault"] for row in case["rows"].values())
     assert table(case) in done.stdout
     assert table(case) in file.with_suffix(".md").read_text()
