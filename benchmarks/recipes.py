@@ -5,6 +5,7 @@
     python benchmarks/recipes.py tune --size 12M    # the same for a larger model
     python benchmarks/recipes.py speed              # seconds per step, the optimizers in turn
     python benchmarks/recipes.py trunk              # one trunk and its cool-downs; see trunk.py
+    python benchmarks/recipes.py averages           # averages of the weights; see averages.py
     python benchmarks/recipes.py report             # tables as Markdown, and the picture
 
 Each finished run is one JSON line of --results. A run that has its line is not repeated, so a
@@ -12,9 +13,7 @@ command that was interrupted goes on where it stopped. --only and --seeds share 
 over processes. The rules of the comparison and its outcome are in docs/recipes.md.
 """
 
-import json
 import math
-import os
 import statistics
 import sys
 import sysconfig
@@ -28,7 +27,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import averages  # noqa: E402
 import trunk  # noqa: E402
+from results import add_result, difference, read_results  # noqa: E402
 
 from fineweb import PrepareConfig, prepare  # noqa: E402
 from model import GPT, NextTokenLoss  # noqa: E402
@@ -352,20 +353,6 @@ def run_trial(trial: Trial, rt: Runtime, points: int, val_tokens: float) -> dict
 # ------------------------------------------------------------------------------------- results
 
 
-def read_results(file: Path) -> list[dict]:
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def add_result(file: Path, result: dict) -> None:
-    """Append one line in one write, so that several processes can share the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "ab", buffering=0) as f:
-        f.write(json.dumps(result).encode() + b"\n")
-        os.fsync(f.fileno())
-
-
 def is_result_of(result: dict, trial: Trial) -> bool:
     identity = {
         "experiment": trial.experiment,
@@ -460,7 +447,7 @@ def print_finals(results: list[dict]) -> None:
         values = losses(seeds).values()
         spread = f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
         adamw = {} if recipe == "adamw" else runs.get("adamw", {})
-        gap_text = trunk.difference(losses(seeds), losses(adamw))
+        gap_text = difference(losses(seeds), losses(adamw))
         steps = next(iter(seeds.values()))["steps"]
         say(f"| {recipe} | {steps:,} | {len(seeds)} | {spread} | {gap_text} |")
 
@@ -567,17 +554,20 @@ def report(config: "RecipesConfig") -> None:
 # ---------------------------------------------------------------------------------------- flags
 
 
+EXPERIMENTS = ("tune", "final", "speed", "trunk", "averages", "report")
+
+
 @dataclass(frozen=True)
 class RecipesConfig:
     # what to do
-    experiment: tyro.conf.Positional[Literal["tune", "final", "speed", "trunk", "report"]]
+    experiment: tyro.conf.Positional[Literal[EXPERIMENTS]]
     size: Literal[tuple(SIZES)] = "0.8M"  # of the model; `report` takes all
     results: str = "docs/recipes.jsonl"  # where each finished run gets its line
     picture: str = "docs/recipes.png"  # where `report` draws
     only: tuple[str, ...] = ()  # recipes of the experiment to run; none: all
     seeds: tuple[int, ...] = ()  # seeds of the experiment to run; none: all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # dtype of matrix products
-    steps: int = 3600  # the budget of the experiment trunk
+    steps: int = 3600  # the budget of the experiments trunk and averages
     runs: str = "runs"  # where its runs are kept
     trunk_picture: str = "docs/trunk.png"  # where it draws
 
@@ -594,6 +584,8 @@ def main() -> None:
     elif config.experiment == "trunk":
         files = (Path(config.results), Path(config.runs), Path(config.trunk_picture))
         trunk.run_all(config.steps, config.seeds, *files)
+    elif config.experiment == "averages":
+        averages.run_all(config.steps, config.seeds, Path(config.results))
     else:
         report(config)
 

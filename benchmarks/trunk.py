@@ -19,6 +19,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from results import add_result, difference, read_results
+
 from support.plot import draw_curves
 from support.script import require, say
 
@@ -83,10 +85,12 @@ def run_all(steps: int, seeds: tuple[int, ...], results: Path, runs: Path, pictu
     folder = runs / f"trunk-{steps}"
     for planned in planned_runs(steps):
         for seed in seeds or SEEDS:
-            if not any(is_result_of(found, planned, seed) for found in read_results(results)):
+            if not any(
+                is_result_of(found, planned, seed) for found in read_results(results, "trunk")
+            ):
                 out = folder / f"{planned.name}-seed{seed}"
                 train(planned, seed, steps, folder, out)
-                add_result(results, planned, seed, validation_loss(out))
+                add_result(results, result_of(planned, seed, validation_loss(out)))
     report(steps, results)
     drawn = ("linear-0.25", "linear-0.5", "linear-1", "trunk", "cooled-0.25", "cooled-0.5")
     found = [run for name in drawn for run in sorted(folder.glob(f"{name}-seed*"))]
@@ -140,18 +144,13 @@ def call(script: str, *args) -> str:
 # ------------------------------------------------------------------------------------- results
 
 
-def read_results(file: Path) -> list[dict]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [entry for entry in map(json.loads, lines) if entry["experiment"] == "trunk"]
-
-
 def is_result_of(result: dict, planned: PlannedRun, seed: int) -> bool:
     identity = (result["recipe"], result["steps"], result["seed"])
     return identity == (planned.name, planned.steps, seed)
 
 
-def add_result(file: Path, planned: PlannedRun, seed: int, loss: float) -> None:
-    result = {
+def result_of(planned: PlannedRun, seed: int, loss: float) -> dict:
+    return {
         "experiment": "trunk",
         "size": "0.8M",
         "recipe": planned.name,
@@ -160,9 +159,6 @@ def add_result(file: Path, planned: PlannedRun, seed: int, loss: float) -> None:
         "trained": planned.trained,
         "val_loss": loss,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as f:
-        f.write(json.dumps(result) + "\n")
 
 
 # What each way of training is compared with.
@@ -173,7 +169,6 @@ COMPARED = {
     "finished-on": "linear-2",
     "trunk-on": "linear-2",
 }
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 97.5% by number of seeds
 
 
 def report(steps: int, results: Path) -> None:
@@ -184,7 +179,7 @@ def report(steps: int, results: Path) -> None:
     for planned in planned_runs(steps):
         found = [
             result
-            for result in read_results(results)
+            for result in read_results(results, "trunk")
             if is_result_of(result, planned, result["seed"])
         ]
         losses[planned.name] = {result["seed"]: result["val_loss"] for result in found}
@@ -200,12 +195,3 @@ def report(steps: int, results: Path) -> None:
                 difference(losses[planned.name], other),
             ]
             say(f"| {' | '.join(cells)} |")
-
-
-def difference(losses: dict[int, float], others: dict[int, float]) -> str:
-    """The mean difference of runs of equal seeds, and half of its 95% interval."""
-    values = [losses[seed] - others[seed] for seed in losses.keys() & others.keys()]
-    if len(values) not in T_95:
-        return ""
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):+.4f} ± {T_95[len(values)] * error:.4f}"

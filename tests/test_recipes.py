@@ -1,6 +1,8 @@
 """benchmarks/recipes.py: the rules of the comparison, and one line of results for each run."""
 
 import json
+import math
+import statistics
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from tools import ROOT, write_bytes_data
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import averages  # noqa: E402
 import recipes  # noqa: E402
 import trunk  # noqa: E402
 from recipes import SIZES, RecipesConfig, final_trials, tuning_trials  # noqa: E402
@@ -45,10 +48,10 @@ def test_every_chosen_rate_has_trials_on_both_sides(size):
         assert min(tried) < plan.centres[name][rate] < max(tried)
 
 
-def test_a_finished_run_is_one_line_and_is_not_repeated(tmp_path, monkeypatch):
-    tiny = replace(
-        SIZES["0.8M"].config,
-        data=(str(write_bytes_data(tmp_path / "data")),),
+def shrunk(config: TrainConfig, folder: Path) -> TrainConfig:
+    return replace(
+        config,
+        data=(str(write_bytes_data(folder)),),
         n_layer=1,
         n_embd=16,
         seq_len=16,
@@ -56,6 +59,10 @@ def test_a_finished_run_is_one_line_and_is_not_repeated(tmp_path, monkeypatch):
         micro_batch=2,
         eval_tokens=64,
     )
+
+
+def test_a_finished_run_is_one_line_and_is_not_repeated(tmp_path, monkeypatch):
+    tiny = shrunk(SIZES["0.8M"].config, tmp_path / "data")
     monkeypatch.setitem(SIZES, "0.8M", replace(SIZES["0.8M"], config=tiny, final_steps=10))
     config = RecipesConfig("final", results=str(tmp_path / "results.jsonl"), seeds=(11,))
     recipes.run_experiment(final_trials("0.8M"), config, points=2, val_tokens=64)
@@ -125,3 +132,48 @@ def test_the_commands_of_the_trunk_experiment_are_understood(commands, tmp_path,
         config, _ = launch.configuration(TrainConfig, RECIPES, "", flags)
         assert (config.recipe, config.seed) == ("first-run", 11)
         assert config.schedule == "wsd" or not config.decay_steps
+
+
+# ------------------------------------------------------------------------------ averages
+
+
+def averaged(share, values: list[float]) -> float:
+    mean = 0.0
+    for step, value in enumerate(values, start=1):
+        mean += share(step) * (value - mean)
+    return mean
+
+
+def test_each_average_is_the_one_that_it_is_called():
+    values = [math.sin(step) for step in range(2000)]
+    shares = averages.share_of_newest(2000)
+    assert math.isclose(averaged(shares["window"], values), statistics.mean(values[-100:]))
+    assert math.isclose(
+        averaged(shares["window"], values[:1600]), statistics.mean(values[1500:1600])
+    )
+    for decay in (0.98, 0.99):
+        exact = sum((1 - decay) * decay**age * value for age, value in enumerate(values[::-1]))
+        assert math.isclose(averaged(shares[str(decay)], values), exact, abs_tol=1e-6)
+
+
+def test_the_averages_are_measured_once_a_run(tmp_path, monkeypatch, capsys):
+    tiny = shrunk(RECIPES["first-run"], tmp_path / "data")
+    monkeypatch.setitem(averages.RECIPES, "first-run", tiny)
+    monkeypatch.setattr(averages, "EVAL_TOKENS", 64)
+    file = tmp_path / "results.jsonl"
+    averages.run_all(20, (11, 12), file)
+    results = recipes.read_results(file)
+    table = capsys.readouterr().out.splitlines()[-4:]
+    averages.run_all(20, (11, 12), file)
+    assert recipes.read_results(file) == results
+    assert [list(result["losses"]) for result in results] == [["16", "20"]] * 4
+    for result in results:
+        for losses in result["losses"].values():
+            assert losses["window"] == losses["weights"]  # a twentieth of 20 is the last update
+            assert losses["0.98"] != losses["weights"]
+    assert [line.split(" | ")[:2] for line in table] == [
+        ["| linear", "16"],
+        ["| linear", "20"],
+        ["| wsd", "16"],
+        ["| wsd", "20"],
+    ]
