@@ -10,10 +10,10 @@
     python tests/chaos.py --forks 10             SIGKILL in the first save of a fork
     python tests/chaos.py --torchrun 10          SIGKILL to torchrun, to a worker, or to all
 
-Runs of a tiny model with one, two, three and four ranks, half of them with Muon. In the end all
-files of all checkpoints, the log without its timing, and the list of what is in the directory must
-be those of a run that nobody disturbed, byte for byte. Every second of the kills is aimed at a
-save, and fewer than 30% of kills inside saves count as a failure too.
+Runs of a tiny model with one, two, three and four ranks. Half of them have Muon and a mixture of
+two corpora. In the end all files of all checkpoints, the log without its timing, and the list of
+what is in the directory must be those of a run that nobody disturbed, byte for byte. Every second
+of the kills is aimed at a save, and fewer than 30% of kills inside saves count as a failure too.
 
 The ranks are forked from a process that has imported everything, so that a start takes a tenth of
 a second. They meet as the workers of torchrun do. Only full disks and torchrun start real commands.
@@ -44,7 +44,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of semaphores that killed p
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from tools import read_log, write_bytes_data  # noqa: E402
+from tools import read_log, write_bytes_data, write_counting_data  # noqa: E402
 
 OPTIMIZERS = ("adamw", "muon")
 STEPS = 9
@@ -350,6 +350,15 @@ def calm_run(world_size: int, args: list, run: Path) -> tuple[dict, float]:
     return final_state(run), time.monotonic() - began
 
 
+def data_of_optimizers(folder: Path) -> dict[str, list]:
+    """The values of --data: Muon trains on a mixture."""
+    text = write_bytes_data(folder / "text")
+    numbers = write_counting_data(
+        folder / "numbers", ((1_000, "val"), (5_000, "train")), modulus=256
+    )
+    return {"adamw": [text], "muon": [f"{text}=0.7", f"{numbers}=0.3"]}
+
+
 def campaign(
     kills: int, cases: list[tuple[int, str]], folder: Path, seed: int, flags: list[str]
 ) -> Score:
@@ -359,9 +368,9 @@ def campaign(
     """
     generator = random.Random(seed)
     score = Score()
-    data = write_bytes_data(folder / "data")
+    data = data_of_optimizers(folder)
     for number, (world_size, optimizer) in enumerate(cases):
-        args = ["--data", data, *flags, "--optimizer", optimizer]
+        args = ["--data", *data[optimizer], *flags, "--optimizer", optimizer]
         expected, seconds = calm_run(world_size, args, folder / f"calm-{world_size}-{optimizer}")
         quota = kills * (number + 1) // len(cases)
         while score.kills < quota and not score.faults:
@@ -391,14 +400,14 @@ def schedules(count: int, folder: Path, seed: int, flags: list[str]) -> Score:
     """Deterministic runs, each killed four times, that go on with 1, 2 or 4 ranks every time."""
     generator = random.Random(seed)
     score = Score()
-    data = write_bytes_data(folder / "data")
+    data = data_of_optimizers(folder)
     # Sixteen sequences a step: a power of two of micro-batches on each of the ranks.
     flags = [*flags, "--total-batch-tokens", 512, "--micro-batch", 2, "--deterministic"]
     calm = {}
     for number in range(count):
         optimizer = OPTIMIZERS[number % 2]
         dropout = 0.1 * (number // 2 % 2)
-        args = ["--data", data, *flags, "--optimizer", optimizer, "--dropout", dropout]
+        args = ["--data", *data[optimizer], *flags, "--optimizer", optimizer, "--dropout", dropout]
         name = f"{optimizer}-dropout-{dropout}"
         if name not in calm:
             calm[name] = calm_run(1, args, folder / f"calm-{name}")
@@ -660,13 +669,13 @@ def disturbances(
     """So many runs of a kind, each compared with an undisturbed one."""
     generator = random.Random(seed)
     score = Score()
-    data = write_bytes_data(folder / "data")
+    data = data_of_optimizers(folder)
     calm = {}
     if kind == "full_disks":  # a real command
         cases = [case for case in cases if case[0] == 1]
     for number in range(count):
         world_size, optimizer = cases[number % len(cases)]
-        args = ["--data", data, *flags, "--optimizer", optimizer]
+        args = ["--data", *data[optimizer], *flags, "--optimizer", optimizer]
         undisturbed = folder / f"calm-{world_size}-{optimizer}"
         if undisturbed not in calm:
             calm[undisturbed] = calm_run(world_size, args, undisturbed)
