@@ -10,6 +10,7 @@ looked for outside of the directory.
 
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -377,7 +378,8 @@ def read_tensors(file: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
 # -------------------------------------------------------------------------------------- model card
 
 CARD = "README.md"
-MOST_LOSSES = 12  # rows of the card's table
+MOST_LOSSES = 12  # rows of the card's table, whose bars draw the curve
+LONGEST_BAR = 30  # characters
 
 
 def write_model_card(
@@ -417,7 +419,12 @@ def write_model_card(
     )
     if not plain:
         how = "Its network is not GPT-2's: it needs the `model.py` that it was trained with."
-    rows = [f"| {at:,} | {loss:.4f} |" for at, loss in spread(losses, MOST_LOSSES)]
+    shown_losses = [(at, loss) for at, loss in spread(losses, MOST_LOSSES) if math.isfinite(loss)]
+    highest = max((loss for _, loss in shown_losses), default=1)
+    rows = [
+        f"| {at:,} | {loss:.4f} | {'█' * round(LONGEST_BAR * loss / highest)} |"
+        for at, loss in shown_losses
+    ]
     lines = [
         "---",
         *metadata,
@@ -430,8 +437,8 @@ def write_model_card(
         f"{c['vocab_size']:,}. It was trained with PyGPT2, {origin}, for {step:,} updates: "
         f"{tokens:,} tokens of {shown(data)}. {how}",
         "",
-        "| update | validation loss, nats per token |",
-        "|---|---|",
+        "| update | validation loss, nats per token | |",
+        "|---|---|---|",
         *rows,
         "",
         "```bash",

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import math
 import os
 import re
 import subprocess
@@ -312,6 +313,13 @@ def test_a_card_says_what_was_trained_on_what_and_how(model, tmp_path):
         assert words in card.content
     assert card.content.count("\n| ") == huggingface.MOST_LOSSES + 1
     assert "python train_gpt2.py --out 'a run'" in card.content
+
+
+def test_a_card_draws_its_losses_as_bars_of_their_length(model, tmp_path):
+    losses = [(0, 6.0), (10, 3.0), (20, math.inf), (30, 1.5)]
+    card = card_of(tmp_path, model, losses=losses)
+    bars = [line.count("█") for line in card.content.splitlines() if "█" in line]
+    assert bars == [30, 15, 8]
 
 
 def test_a_card_names_no_local_path_as_a_model_of_the_hub(model, tmp_path):
