@@ -81,7 +81,7 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # each (B, H, S, D)
             q = q.to(k.dtype)
@@ -412,7 +412,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits_nP = x_nC @ w_PC.t()
             logits_nP[:, V:] = -torch.inf  # the added columns have probability 0
             log_p_nP = torch.log_softmax(logits_nP, dim=1, dtype=torch.float32)
-            loss -= log_p_nP.gather(1, target_n1).sum()
+            loss -= _log_p_of_target(log_p_nP, target_n1).sum()
             if needs_grad:
                 # The gradient with respect to the logits is the probabilities minus the one-hot
                 # target (divided by N, which backward does).
@@ -431,6 +431,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx_NC, dw_VC = ctx.saved_tensors
         scale = grad / len(dx_NC)
         return dx_NC * scale, dw_VC * scale, None, None
+
+
+def _log_p_of_target(log_p_nP: torch.Tensor, target_n1: torch.Tensor) -> torch.Tensor:
+    """log_p at the target of each row, float32, n numbers."""
+    if torch.compiler.is_compiling() and log_p_nP.is_cuda:
+        # Compiled for a GPU, this sum is part of the pass that makes the gradient. What is gathered
+        # would be read for all chunks at once, and all their logits be kept until then.
+        columns_P = torch.arange(log_p_nP.size(1), device=log_p_nP.device)
+        return torch.where(columns_P == target_n1, log_p_nP, 0.0).sum(dim=1)
+    return log_p_nP.gather(1, target_n1)
 
 
 def _probabilities_minus_target(log_p_nP: torch.Tensor, target_n1: torch.Tensor) -> torch.Tensor:
