@@ -498,11 +498,7 @@ def evaluate(
             results[i] = torch.tensor([loss.item() * targets.size, targets.size, text_bytes])
     finally:
         model.train(was_training)
-    nats = tokens = text_bytes = 0.0
-    for row in rt.sum(results).tolist():
-        nats += row[0]
-        tokens += row[1]
-        text_bytes += row[2]
+    nats, tokens, text_bytes = rt.sum(results).sum(dim=0).tolist()
     return {
         "val_loss": nats / tokens,
         "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
@@ -694,7 +690,7 @@ def validate(step: int, training: Training) -> None:
     Of several corpora the loss is the mean by their weights, and each one's is logged beside it.
     """
     config, rt, run = training.config, training.rt, training.run
-    result = {"val_loss": 0.0, "bits_per_byte": 0.0, "eval_tokens": 0}
+    result = {}
     of_corpora = {}
     shares = training.data.shares
     for (name, corpus), share in zip(training.data.corpora.items(), shares, strict=True):
@@ -706,9 +702,9 @@ def validate(step: int, training: Training) -> None:
             token_bytes(training.encoding),
             between_batches=lambda: stop_if_asked(training),
         )
-        result["val_loss"] += share * found["val_loss"]
-        result["bits_per_byte"] += share * found["bits_per_byte"]
-        result["eval_tokens"] += found["eval_tokens"]
+        for key, value in found.items():
+            part = value if key == "eval_tokens" else share * value
+            result[key] = result.get(key, 0) + part
         of_corpora[f"val_loss {name}"] = found["val_loss"]
     if len(of_corpora) > 1:
         result |= of_corpora
@@ -768,8 +764,8 @@ def log_sample(step: int, training: Training) -> None:
 # In the order in which they happen. One of your own needs an entry, a flag <name>_every, and to log
 # an event of that name.
 EVENTS = {
+    "eval": validate,  # first, so that a checkpoint's card has its loss
     "save": save,
-    "eval": validate,
     "hellaswag": score_hellaswag,
     "sample": write_sample,
 }
