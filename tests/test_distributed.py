@@ -189,6 +189,12 @@ def test_a_deterministic_run_resumed_on_4_then_2_then_1_ranks_gives_the_same_wei
     assert hash_of_weights(run) == hash_of_weights(deterministic / "ranks-1")
 
 
+def test_a_run_of_two_ranks_forked_on_one_ends_with_the_bits_of_its_parent(deterministic, tmp_path):
+    parent = deterministic / "ranks-2" / "step_000004"
+    run_ranks(1, ["--fork", parent, "--out", tmp_path / "run"], tmp_path / "output")
+    assert hash_of_weights(tmp_path / "run") == hash_of_weights(deterministic / "ranks-2")
+
+
 def test_deterministic_runs_killed_on_changing_numbers_of_ranks_end_with_the_same_bits(tmp_path):
     """Two random schedules, one of each optimizer; also on one rank nothing may differ."""
     score = schedules(2, tmp_path, random.randrange(2**32), FLAGS.split())
