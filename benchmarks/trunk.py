@@ -62,9 +62,9 @@ def planned_runs(steps: int) -> list[PlannedRun]:
         begin = round((1 - DECAY) * length)
         runs.append(wsd(f"cooled-{budget:g}", length, (), "trunk", begin))
     runs.append(linear("linear-2", 2 * steps, ()))
+    runs.append(PlannedRun("finished-on", 2 * steps, (), "linear-1", steps))
     begin = round((1 - DECAY) * steps)
     runs.append(wsd("trunk-on", 2 * steps, (), "trunk", begin))
-    runs.append(PlannedRun("finished-on", 2 * steps, (), "linear-1", steps))
     return runs
 
 
