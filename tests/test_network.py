@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from tools import ROOT
+from tools import ROOT, edited
 
 from model import GPT, KVCache, NextTokenLoss
 from support.network import PROBE_OF_GPT2, check_network, probe, same_probe
@@ -103,14 +103,7 @@ EDITS = re.findall(r"## ([^\n]*)\n[^#]*?```diff\n(.*?)```", PAGE.read_text(), re
 @pytest.mark.parametrize("diff", [diff for _, diff in EDITS], ids=[name for name, _ in EDITS])
 def test_an_edit_of_the_page_applies_and_passes(diff, tmp_path):
     """model.py with the edit, in a process of its own."""
-    code = (ROOT / "model.py").read_text()
-    for hunk in re.split("^@@.*\n", diff, flags=re.M):
-        lines = hunk.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] != "+")
-        new = "".join(line[1:] for line in lines if line[0] != "-")
-        assert not old or code.count(old) == 1, old
-        code = code.replace(old, new) if old else code
-    (tmp_path / "model.py").write_text(code)
+    (tmp_path / "model.py").write_text(edited((ROOT / "model.py").read_text(), diff))
     (command,) = re.findall(r"^python -c \"(.*)\"$", PAGE.read_text(), re.M)
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, check=True)

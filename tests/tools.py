@@ -338,3 +338,14 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         """Without it the server would print a line for each request."""
+
+
+def edited(code: str, diff: str) -> str:
+    """Code with the edits of a page of docs/, of which each part must fit in one place."""
+    for hunk in re.split("^@@.*\n", diff, flags=re.M):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] != "+")
+        new = "".join(line[1:] for line in lines if line[0] != "-")
+        assert not old or code.count(old) == 1, old
+        code = code.replace(old, new) if old else code
+    return code
