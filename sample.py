@@ -34,7 +34,15 @@ import tyro
 from model import GPT, KVCache
 from support.run_directory import resolve_model
 from support.runtime import masked_attention, pack_linears, start
-from support.script import Range, check_fields, parse_flags, require, run_script, shown
+from support.script import (
+    Range,
+    UserError,
+    check_fields,
+    parse_flags,
+    require,
+    run_script,
+    shown,
+)
 from tokens import encoding_of
 
 # ---------------------------------------------------------------------------- one token
@@ -284,21 +292,37 @@ def load_model(name: str, dropout: float = 0.0) -> tuple[GPT, tiktoken.Encoding,
     return model, encoding_of(model, picked), picked
 
 
-def prompts(config: SampleConfig) -> Iterator[str]:
-    """The flag, the file, or the lines that are typed."""
-    if config.interactive:
-        for line in sys.stdin:
-            yield line.rstrip("\n")
-    elif config.prompt_file is None:
-        yield config.prompt
-    elif str(config.prompt_file) == "-":
-        yield sys.stdin.read()
-    else:
-        yield config.prompt_file.read_text("utf-8", "replace")
+def given_prompt(config: SampleConfig) -> str:
+    """The prompt of the flag or of the file."""
+    file = config.prompt_file
+    if file is None:
+        return config.prompt
+    if str(file) == "-":
+        return sys.stdin.read()
+    try:
+        return file.read_text("utf-8", "replace")
+    except OSError as error:
+        raise UserError(
+            f"--prompt-file {file}: cannot be read ({error.strerror}); expected a text file, or - "
+            "for stdin; check the path"
+        ) from None
+
+
+def typed_lines() -> Iterator[str]:
+    """The lines of standard input. On a terminal a sign asks for each."""
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        write("> " if on_terminal else "")
+        line = sys.stdin.readline()
+        if not line:
+            break
+        yield line.rstrip("\n")
+    write("\n" if on_terminal else "")
 
 
 def main() -> None:
     config = parse_flags(SampleConfig, SampleConfig(), "Generate text from a GPT-2.")
+    prompts = typed_lines() if config.interactive else [given_prompt(config)]
     rt = start(config.device, config.dtype)
     model, encoding, picked = load_model(config.model)
     print(f"model {shown(picked)}, seed {config.seed}", file=sys.stderr)
@@ -309,12 +333,12 @@ def main() -> None:
         "top_k": config.top_k,
         "top_p": config.top_p,
         "generator": torch.Generator(rt.device).manual_seed(config.seed),
-        # A dialogue has a cache for each line, and compiled code is made for one cache.
+        # Each line that is typed has a cache, and compiled code is made for one cache.
         "compiled": rt.device.type == "cuda"
         and config.max_new_tokens >= COMPILE_REPAID
         and not config.interactive,
     }
-    for prompt in prompts(config):
+    for prompt in prompts:
         note_on_length(prompt, model, encoding)
         if config.num_samples == 1:
             write("" if config.interactive else prompt)  # what was typed is on the screen

@@ -368,14 +368,14 @@ def test_a_prompt_comes_from_a_file_or_a_pipe_as_it_is(tmp_path, name):
     assert ran.stdout == expected.stdout and ran.stdout.startswith(text)
 
 
-def test_a_prompt_file_that_is_missing_exits_2(tmp_path):
-    save_tiny_model(tmp_path)
-    ran = command_line("--model", str(tmp_path), "--prompt-file", str(tmp_path / "none.txt"))
+def test_a_prompt_file_that_is_missing_is_said_before_a_model_is_loaded(tmp_path):
+    ran = command_line("--model", "runs/none", "--prompt-file", str(tmp_path / "none.txt"))
     assert ran.returncode == 2
-    assert "none.txt: No such file" in ran.stderr and "Traceback" not in ran.stderr
+    (line,) = ran.stderr.splitlines()
+    assert "none.txt: cannot be read (No such file" in line and "or - for stdin" in line
 
 
-def test_a_dialogue_continues_each_line_until_its_input_ends(tmp_path):
+def test_each_line_is_continued_until_the_input_ends(tmp_path):
     save_tiny_model(tmp_path)
     args = ["--model", tmp_path, "--device", "cpu", "--max-new-tokens", 8, "--temperature", 0]
     ran = run_python("sample.py", *args, "--interactive", input="def f\nimport \n")
@@ -384,6 +384,24 @@ def test_a_dialogue_continues_each_line_until_its_input_ends(tmp_path):
     for line in ("def f", "import "):
         expected.append(run_python("sample.py", *args, "--prompt", line).stdout[len(line) :])
     assert ran.stdout == "".join(expected)
+
+
+def test_on_a_terminal_a_sign_asks_for_each_line(tmp_path):
+    save_tiny_model(tmp_path)
+    args = ["--model", tmp_path, "--device", "cpu", "--max-new-tokens", 1, "--temperature", 0]
+    parent, child = os.openpty()
+    os.write(parent, b"def f\n\x04")
+    with subprocess.Popen(
+        command("sample.py", *args, "--interactive"),
+        stdin=child,
+        stdout=child,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.wait() == 0
+    _, _, on_terminal = os.read(parent, 10_000).partition(b"def f\r\n")
+    os.close(parent)
+    os.close(child)
+    assert on_terminal.startswith(b"> ") and on_terminal.endswith(b"\r\n> \r\n")
 
 
 @pytest.mark.parametrize("num_samples", [1, 2])
