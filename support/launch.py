@@ -61,8 +61,8 @@ NEVER_FROM_FILE = {
     "dry_run": False,
 }
 
-# Values that older versions have not written into train.json; the runs were made with the default.
-ADDED_LATER = {"skip_spikes", "fork", "decay_steps", "tensorboard"}
+# What every version has written into train.json; older ones one path of data.
+ALWAYS_THERE = {"recipe": str, "data": (str, list)}
 # Values that older versions have written, and that decide nothing any more.
 GONE = {"gpus", "gpu"}
 
@@ -101,7 +101,8 @@ def configuration(
     if source.config:
         file = train_json(source.config)
         defaults = replace(read_train_json(config_class, file), fork="")
-        lines = [f"with the values of {file}", *what_it_names(defaults)]
+        lines = [f"with the values of {file}"]
+        lines += newer_flags(config_class, file) + what_it_names(defaults)
     elif source.init_from and not asks_for_help:
         defaults = shaped_like(recipes[recipe], source.init_from)
         why += f"; for a model of this size --learning-rate is {defaults.learning_rate:g}"
@@ -168,31 +169,46 @@ def train_json(run: str) -> Path:
         return place
     if not run_directory.is_run(place) and run_directory.is_run(place.parent):
         place = place.parent
+    run_directory.refuse_missing(place)
+    require(
+        run_directory.is_run(place),
+        f"{run}: no train.json is there, so it is not a run; expected a run or one of its "
+        f"checkpoints; check the path, or take a model's weights alone with --init-from {run}",
+    )
     return place / "train.json"
 
 
 def read_train_json(config_class: type, file: Path) -> Any:
-    """A saved configuration. Every value must be there, and of its field's type."""
-    shape = {}
+    """A saved configuration. A flag that is newer than the file has its default."""
+    shape = dict(ALWAYS_THERE)
     for field in dataclasses.fields(config_class):
         kind = type(field.default)
-        name = f"{field.name}?" if field.name in ADDED_LATER else field.name
-        shape[name] = (str, list) if kind is tuple else kind
+        if field.name not in shape:
+            shape[f"{field.name}?"] = list if kind is tuple else kind
     values = read_json(file, shape)
     for name in {"started", "origin"} | GONE:
         values.pop(name, None)
     unknown = values.keys() - {field.name for field in dataclasses.fields(config_class)}
     require(
         not unknown,
-        f"{file}: has a value {min(unknown, default='')!r}; expected the values that this version "
-        "writes; use the version that wrote it, or start a new run",
+        f"{file}: has a value {min(unknown, default='')!r}; expected the flags that this code has; "
+        "use the code that wrote it, or remove it from a copy, which --config takes",
     )
-    data = values["data"]  # older versions have written one path
-    values["data"] = (data,) if isinstance(data, str) else tuple(map(str, data))
+    data = values["data"]
+    values["data"] = [data] if isinstance(data, str) else list(map(str, data))
+    for name, value in values.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
     try:
         return config_class(**(values | NEVER_FROM_FILE))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def newer_flags(config_class: type, file: Path) -> list[str]:
+    """A line for each flag that there was not yet when a train.json was written."""
+    saved = read_json(file, {})
+    fields = [field for field in dataclasses.fields(config_class) if field.name not in saved]
+    return [f"{file} has no {field.name}, which is newer: {field.default!r}" for field in fields]
 
 
 def what_it_names(config: Any) -> list[str]:
@@ -221,11 +237,8 @@ def continued(
     config_class: type, folder: Path, description: str, args: list[str]
 ) -> tuple[Any, list[str]]:
     """The configuration of a run that is continued, with the flags that may change."""
-    saved = replace(
-        read_train_json(config_class, folder / "train.json"),
-        out=str(folder),
-        resume=True,
-    )
+    file = folder / "train.json"
+    saved = replace(read_train_json(config_class, file), out=str(folder), resume=True)
     config = parse_flags(config_class, saved, description, args)
     names = changes(saved, config, FREE_ON_RESUME)
     if names:
@@ -236,13 +249,13 @@ def continued(
             command += as_flag(name, getattr(config, name))
         raise UserError(
             f"{', '.join(flag(name) for name in names)}: cannot change in a run that is continued; "
-            f"expected the values of {folder / 'train.json'}; begin a new run from this one with: "
+            f"expected the values of {file}; begin a new run from this one with: "
             f"{shlex.join(command)}"
         )
     why = f"continuing {folder}"
     if not run_directory.step_directories(folder):
         why = f"{folder} holds no checkpoint, so it begins where it began before"
-    return config, [why, *what_it_names(config)]
+    return config, [why, *newer_flags(config_class, file), *what_it_names(config)]
 
 
 def forked(
@@ -270,7 +283,8 @@ def forked(
         f"moments; expected the values of {file}; start from its weights alone with "
         f"--config {source.fork} --init-from {source.fork} in place of --fork",
     )
-    lines = [f"a fork of {source.fork}, with the values of {file}", *what_it_names(config)]
+    lines = [f"a fork of {source.fork}, with the values of {file}"]
+    lines += newer_flags(config_class, file) + what_it_names(config)
     for name in changes(saved, config, {"fork", "out", "resume", "recipe"}):
         lines.append(f"  {name:<20} {words(getattr(saved, name))} → {words(getattr(config, name))}")
     return config, lines

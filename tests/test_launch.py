@@ -4,13 +4,14 @@ import hashlib
 import json
 import shlex
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
-from tools import configuration, run_main, run_python, write_bytes_data
+from tools import configuration, run_main, run_python, save_tiny_model, write_bytes_data
 
 from support import launch
+from support.script import UserError
 from train_gpt2 import RECIPES, TrainConfig, main
 
 TINY = [
@@ -127,12 +128,48 @@ def test_where_a_run_is_kept_is_never_taken_from_a_file(here):
 def test_a_train_json_of_an_older_version_is_read(here):
     """It has one path as its data, two flags that are gone, and lacks what came later."""
     values = json.loads(Path("r/train.json").read_text())
-    for name in launch.ADDED_LATER | {"origin"}:
-        values.pop(name, None)
+    for name in ("skip_spikes", "fork", "decay_steps", "tensorboard", "origin"):
+        del values[name]
     values |= {"data": "text", "gpus": 0, "gpu": "H100"}
     Path("old.json").write_text(json.dumps(values))
     config = launch.read_train_json(TrainConfig, Path("old.json"))
     assert config == launch.read_train_json(TrainConfig, Path("r/train.json"))
+
+
+@dataclass(frozen=True)
+class WithFlag(TrainConfig):
+    my_flag: int = 0  # one that was added to the configuration
+    my_names: tuple[str, ...] = ()  # another
+
+
+@pytest.mark.parametrize("source", [("--fork", "r"), ("--config", "r"), ("--out", "r", "--resume")])
+def test_a_flag_that_is_newer_than_a_run_has_its_default_and_is_said(here, source):
+    config, lines = launch.configuration(WithFlag, RECIPES, "", list(source))
+    assert config.my_flag == 0
+    assert lines.count("r/train.json has no my_flag, which is newer: 0") == 1
+
+
+def test_a_flag_of_several_values_is_read_as_it_was(here):
+    values = json.loads(Path("r/train.json").read_text())
+    Path("mine.json").write_text(json.dumps(values | {"my_names": ["a", "b"]}))
+    config = launch.read_train_json(WithFlag, Path("mine.json"))
+    assert config.my_names == ("a", "b")
+
+
+def test_a_flag_that_is_gone_is_refused_and_the_named_remedy_works(here):
+    values = json.loads(Path("r/train.json").read_text())
+    Path("theirs.json").write_text(json.dumps(values | {"gone": 1}))
+    with pytest.raises(UserError, match="'gone'.* remove it from a copy, which --config takes"):
+        configuration("--config", "theirs.json")
+    Path("copy.json").write_text(json.dumps(values))
+    assert configuration("--config", "copy.json").max_steps == 4
+
+
+@pytest.mark.parametrize("flag", ["--fork", "--config"])
+def test_a_model_that_is_no_run_is_said_to_be_none(here, flag):
+    save_tiny_model(Path("model"))
+    with pytest.raises(UserError, match="^model: .* not a run; .* with --init-from model$"):
+        configuration(flag, "model")
 
 
 @pytest.mark.parametrize(
