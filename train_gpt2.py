@@ -786,14 +786,17 @@ def main(args: list[str] | None = None) -> None:
     launch.check_batch(config, rt.world_size)
     if config.dry_run:
         encoding = launch.encoding_of_data(config)
-        rt.say(*plan.dry_run(config.shape(encoding), rt, config))
+        sizes = config.shape(encoding)
+        with torch.device("meta"):
+            num_parameters = GPT(sizes).num_parameters()
+        rt.say(*plan.dry_run(sizes, num_parameters, rt, config))
         return
     with run_directory.opened(
         config.out, config.recipe, config.resume, config.total_batch_tokens, rt
     ) as run:
         data = load_data(config, rt)
         training = build(config, data, run, rt)
-        rt.say(*report.before(config, training.model.config, data, run, rt))
+        rt.say(*report.before(config, training.model, data, run, rt))
         train(training)
         rt.say(*report.what_next(config, run, data.encoding))
 

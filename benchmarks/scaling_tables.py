@@ -82,7 +82,7 @@ def sizes_table() -> str:
             f"{parts['weights, gradients and moments'] / 1e9:.1f} GB",
             f"{parts['copies in bfloat16'] / 1e9:.1f} GB",
             f"{c.block_size * activation_bytes(c) / 1e9:.2f} GB",
-            f"{checkpoint_bytes(c) / 1e9:.1f} GB",
+            f"{checkpoint_bytes(parameters(c)) / 1e9:.1f} GB",
         ]
         rows.append(row)
     return table(head, rows)
@@ -149,7 +149,7 @@ def times_table() -> str:
 def checkpoints_table() -> str:
     rows = []
     for name, c in SIZES.items():
-        write = checkpoint_bytes(c) / WRITE_SPEED
+        write = checkpoint_bytes(parameters(c)) / WRITE_SPEED
         row = [name, f"{write:.1f} s"]
         for seconds in SECONDS_BETWEEN_FAILURES.values():
             row.append(duration(checkpoint_interval(write, seconds)))

@@ -35,6 +35,10 @@ from support.shards import ENCODINGS
 # published runs.
 ASSUMED_MFU = 0.4
 
+# Seconds of arithmetic in a step, below which they say nothing of the time that it takes. A step of
+# GPT-2 124M is some 700 operations, and to start one takes several microseconds.
+LEAST_STEP = 0.01
+
 # What a training process on a CPU holds beside its tensors: Python, torch, its kernels' code and
 # matplotlib. Measured on Linux with torch 2.13: 240 MB after the imports, 350 MB after a step,
 # 370 MB after a picture.
@@ -104,9 +108,16 @@ def activation_bytes(c, width: int = 2, fused: bool = True, device: str = "cuda"
 
 
 def memory(
-    c, micro_batch: int, width: int = 2, device: str = "cuda", fused: bool = True
+    c,
+    micro_batch: int,
+    width: int = 2,
+    device: str = "cuda",
+    fused: bool = True,
+    num_parameters: int | None = None,
 ) -> dict[str, int]:
     """Peak bytes of training on one rank, by part.
+
+    num_parameters: the network's, where it is not GPT-2.
 
     DDP adds nothing to it as long as gradients are set to zero between updates. They are then
     views of DDP's buckets (gradient_as_bucket_view). Gradients that are set to None instead are
@@ -122,7 +133,8 @@ def memory(
     logits = c.vocab_size * rows_of_logits * bytes_per_logit
     head = (width + 4) * c.vocab_size * c.n_embd  # its copy in `width`, its gradient in float32
     return {
-        "weights, gradients and moments": 4 * 4 * parameters(c),  # float32, two moments
+        # In float32, and two moments.
+        "weights, gradients and moments": 4 * 4 * (num_parameters or parameters(c)),
         "copies in bfloat16": copies,
         "activations": tokens * activation_bytes(c, width, fused, device),
         "loss": head + logits,
@@ -146,9 +158,9 @@ def all_reduce_seconds(c, world_size: int, bandwidth: float) -> float:
     return 2 * (world_size - 1) / world_size * 4 * parameters(c) / bandwidth
 
 
-def checkpoint_bytes(c) -> int:
+def checkpoint_bytes(num_parameters: int) -> int:
     """Weights and AdamW's two moments, float32."""
-    return 3 * 4 * parameters(c)
+    return 3 * 4 * num_parameters
 
 
 def checkpoint_interval(write_seconds: float, mtbf: float) -> float:
@@ -180,23 +192,29 @@ def matmul_speed(rt: Runtime, seconds: float = 0.5) -> float:
 # ---------------------------------------------------------------------------------------- one run
 
 
-def dry_run(c, rt: Runtime, config) -> list[str]:
+def dry_run(c, num_parameters: int, rt: Runtime, config) -> list[str]:
     """All lines of a run on this machine; config: the trainer's."""
     length_and_batch = (config.max_steps, config.total_batch_tokens)
     return [
-        *plan(c, rt, *length_and_batch, config.micro_batch),
-        *plan_time(c, rt, *length_and_batch),
+        *plan(c, num_parameters, rt, *length_and_batch, config.micro_batch),
+        plan_time(c, rt, *length_and_batch),
+        checkpoint_line(num_parameters),
     ]
 
 
-def plan(c, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int) -> list[str]:
-    """The run in a few lines, before it starts: model, training, one step, memory."""
+def plan(
+    c, num_parameters: int, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int
+) -> list[str]:
+    """The run in a few lines, before it starts: model, training, one step, memory.
+
+    num_parameters: the network's, which an edit of model.py changes.
+    """
     tokens = steps * batch_tokens
     sequences = batch_tokens // (c.block_size * rt.world_size)  # of one rank in one step
     micro_batch = min(micro_batch, sequences)
     micro_steps = math.ceil(sequences / micro_batch)
     return [
-        f"model          {parameters(c):,} parameters: {count(c.n_layer, 'layer', 'layers')}, "
+        f"model          {num_parameters:,} parameters: {count(c.n_layer, 'layer', 'layers')}, "
         f"{count(c.n_head, 'head', 'heads')}, {c.n_embd} channels, "
         f"context {c.block_size}, vocabulary {c.vocab_size:,}",
         f"training       {steps:,} steps of {batch_tokens:,} tokens = {tokens:,} tokens, "
@@ -204,15 +222,15 @@ def plan(c, rt: Runtime, steps: int, batch_tokens: int, micro_batch: int) -> lis
         f"each step      {count(micro_steps, 'micro-batch', 'micro-batches')} of {micro_batch} × "
         f"{c.block_size} tokens on {'each of ' * (rt.world_size > 1)}"
         f"{count(rt.world_size, 'rank', 'ranks')}",
-        memory_line(c, rt, micro_batch),
+        memory_line(c, num_parameters, rt, micro_batch),
     ]
 
 
-def memory_line(c, rt: Runtime, micro_batch: int) -> str:
+def memory_line(c, num_parameters: int, rt: Runtime, micro_batch: int) -> str:
     """What each rank needs, its parts, and what comes on top."""
     width = rt.dtype.itemsize
     fused = not unfused_attention_is_faster(rt.device, rt.dtype, c.block_size)
-    parts = memory(c, micro_batch, width, rt.device.type, fused)
+    parts = memory(c, micro_batch, width, rt.device.type, fused, num_parameters)
     if rt.device.type == "cpu":
         parts["Python and torch themselves"] = LIBRARY_BYTES
     words = [f"{name} {amount(size)}" for name, size in parts.items() if size]
@@ -223,31 +241,36 @@ def memory_line(c, rt: Runtime, micro_batch: int) -> str:
     return line
 
 
-def plan_time(c, rt: Runtime, steps: int, batch_tokens: int) -> list[str]:
-    """How long the run would take here, and the size of its checkpoints.
+def plan_time(c, rt: Runtime, steps: int, batch_tokens: int) -> str:
+    """How long the run would take here.
 
     The device's speed is its datasheet's peak, or that of matrix products timed now.
     """
     peak = peak_flops(rt.device, rt.dtype)
     if peak:
-        return time_lines(c, rt.world_size, steps, batch_tokens, peak, "in its datasheet")
+        return time_line(c, rt.world_size, steps, batch_tokens, peak, "in its datasheet")
     speed = matmul_speed(rt)
     source = "of matrix products timed here, as if no other work shared it"
-    return time_lines(c, rt.world_size, steps, batch_tokens, speed, source)
+    return time_line(c, rt.world_size, steps, batch_tokens, speed, source)
 
 
-def time_lines(
-    c, world_size: int, steps: int, batch_tokens: int, flops: float, source: str
-) -> list[str]:
-    """Duration and checkpoints. flops: each rank's peak in FLOP/s. source: where that is from."""
-    seconds = steps * step_seconds(c, batch_tokens, world_size, ASSUMED_MFU * flops)
-    tokens_per_second = steps * batch_tokens / seconds
-    return [
-        f"time           {duration(seconds)} at {tokens_per_second:,.0f} tokens/s, if training "
-        f"reaches {ASSUMED_MFU:.0%} (assumed) of each rank's {flops / 1e12:.3g} TFLOP/s "
-        f"({source}); evaluations come on top",
-        f"checkpoints    {amount(checkpoint_bytes(c))} each",
-    ]
+def time_line(c, world_size: int, steps: int, batch_tokens: int, flops: float, source: str) -> str:
+    """How long a run takes. flops: each rank's peak in FLOP/s. source: where that is from."""
+    one_step = step_seconds(c, batch_tokens, world_size, ASSUMED_MFU * flops)
+    if one_step < LEAST_STEP:
+        return (
+            f"time           no estimate: a step is {1000 * one_step:.2g} ms of arithmetic, and "
+            f"below {1000 * LEAST_STEP:.0f} ms other things take longer, such as starting kernels"
+        )
+    return (
+        f"time           {duration(steps * one_step)} at {batch_tokens / one_step:,.0f} tokens/s, "
+        f"if training reaches {ASSUMED_MFU:.0%} (assumed) of each rank's "
+        f"{flops / 1e12:.3g} TFLOP/s ({source}); evaluations come on top"
+    )
+
+
+def checkpoint_line(num_parameters: int) -> str:
+    return f"checkpoints    {amount(checkpoint_bytes(num_parameters))} each"
 
 
 def count(number: int, one: str, several: str) -> str:
@@ -341,8 +364,9 @@ def plan_elsewhere(config: PlanConfig) -> list[str]:
     peak = peaks[config.gpu.lower()]
     source = f"in the datasheet of {config.gpu.upper()}"
     return [
-        *plan(config, rt, steps, batch_tokens, config.micro_batch),
-        *time_lines(config, config.gpus, steps, batch_tokens, peak, source),
+        *plan(config, parameters(config), rt, steps, batch_tokens, config.micro_batch),
+        time_line(config, config.gpus, steps, batch_tokens, peak, source),
+        checkpoint_line(parameters(config)),
     ]
 
 

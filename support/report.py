@@ -40,13 +40,14 @@ def runtime_line(rt: Runtime, T: int) -> str:
     return line
 
 
-def before(config: Any, sizes: Any, data: Any, run: RunDirectory, rt: Runtime) -> list[str]:
+def before(config: Any, model: Any, data: Any, run: RunDirectory, rt: Runtime) -> list[str]:
     """The plan of the run, and where its data and its directory are.
 
-    sizes: the model's, as plan.py reads them. data: tokens.Mixture.
+    model: model.GPT. data: tokens.Mixture.
     """
     batch = (config.max_steps, config.total_batch_tokens, config.micro_batch)
-    lines = [*plan.plan(sizes, rt, *batch), *data_lines(config, data)]
+    lines = plan.plan(model.config, model.num_parameters(), rt, *batch)
+    lines += data_lines(config, data)
     where = f"run directory  {run.folder}"
     if run.step == config.max_steps:
         where += f", complete with {run.step} steps"

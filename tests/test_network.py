@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from tools import ROOT, edited
+from tools import ROOT, edited, run_main
 
-from model import GPT, KVCache, NextTokenLoss
+import train_gpt2
+from model import GPT, GPTConfig, KVCache, NextTokenLoss
 from support.network import PROBE_OF_GPT2, check_network, probe, same_probe
 from support.script import UserError
 
@@ -46,6 +47,17 @@ class Untied(GPT):
 def test_a_head_of_its_own_passes_as_gpt2():
     check(Untied)
     assert same_probe(probe(Untied.tiny), PROBE_OF_GPT2)
+
+
+@pytest.mark.parametrize("flags", [("--dry-run",), ("--data", ROOT / "input.txt")])
+def test_training_and_its_plan_count_what_the_network_has(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2, "GPT", Untied)
+    tiny = ("--n-layer", 1, "--n-head", 1, "--n-embd", 16, "--seq-len", 32, "--max-steps", 1)
+    tiny += ("--total-batch-tokens", 256, "--eval-every", 0, "--save-every", 0, "--device", "cpu")
+    assert run_main(train_gpt2.main, "--recipe", "first-run", *tiny, *flags) == 0
+    count = Untied(GPTConfig(1, 1, 16, 32, 257)).num_parameters()
+    assert f"model          {count:,} parameters" in capsys.readouterr().out
 
 
 class OtherHead(Untied):

@@ -150,7 +150,7 @@ def test_a_checkpoint_has_the_planned_size(tmp_path):
             moments[f"{name}.{number}"] = state[name]
     save_file(moments, tmp_path / "optimizer.safetensors")
     written = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    assert written == pytest.approx(checkpoint_bytes(config), rel=0.02)
+    assert written == pytest.approx(checkpoint_bytes(model.num_parameters()), rel=0.02)
 
 
 SMALL = GPTConfig(2, 2, 32, 32, 257)
@@ -245,7 +245,7 @@ def test_dry_run_prints_the_plan_and_leaves_no_trace(
         f"time           {plan.duration(seconds)} at",
         "40% (assumed) of each rank's 1 TFLOP/s (of matrix products timed here, as if no other "
         "work shared it)",
-        f"checkpoints    {plan.amount(checkpoint_bytes(config))}",
+        f"checkpoints    {plan.amount(checkpoint_bytes(parameters(config)))}",
     ):
         assert words in out
     assert not list(tmp_path.iterdir())
@@ -254,7 +254,7 @@ def test_dry_run_prints_the_plan_and_leaves_no_trace(
 def test_a_known_gpu_is_planned_from_its_datasheet(monkeypatch):
     monkeypatch.setattr(plan, "peak_flops", lambda device, dtype: 989e12)
     rt = Runtime(0, 8, device=torch.device("cuda"), dtype=torch.bfloat16)
-    line, _ = plan.plan_time(SIZES["gpt2"], rt, 19073, 524288)
+    line = plan.plan_time(SIZES["gpt2"], rt, 19073, 524288)
     # 8 × 0.4 × 989e12 / 854e6 = 3.70M tokens/s
     assert "45 minutes at 3,70" in line
     assert "989 TFLOP/s (in its datasheet)" in line
@@ -289,6 +289,20 @@ def test_a_run_is_planned_for_another_machine(capsys, tmp_path):
     assert "1 micro-batch of 4 × 128 tokens on each of 2 ranks" in out
     parts = memory(GPTConfig(4, 4, 128, 128, 257, 0.1), 4)
     assert plan.amount(parts["activations"]) in out
+
+
+def test_a_step_too_short_for_an_estimate_gets_none(capsys):
+    _, out, _ = planned(capsys, "--gpus", 8, "--n-embd", 96, "--n-layer", 2)
+    assert "time           no estimate: a step is 5.4 ms of arithmetic" in out
+    assert "tokens/s" not in out and "checkpoints    " in out
+
+
+def test_memory_and_checkpoints_are_those_of_an_edited_network():
+    config = SIZES["gpt2"]
+    rt = Runtime(device=torch.device("cuda"), dtype=torch.bfloat16)
+    lines = plan.plan(config, 2 * parameters(config), rt, 10, 8192, 8)
+    assert "weights, gradients and moments 4.0 GB" in lines[-1]
+    assert plan.checkpoint_line(2 * parameters(config)) == "checkpoints    3.0 GB each"
 
 
 def test_a_micro_batch_is_no_larger_than_a_ranks_part_of_the_batch(capsys):
