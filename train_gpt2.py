@@ -934,10 +934,12 @@ def measure(config: TrainConfig, rt: Runtime) -> None:
     corpora = parse_data(config.data)
     require(len(corpora) == 1, "--eval-only with several corpora; expected one; name one alone")
     paths, _ = corpora[0]
-    corpus = rt.on_all(open_data, rt.on_main(fineweb.tokens_for, paths, config.tokenizer, rt.say))
-    split, what = corpus.val, "the validation split"
-    if not all(map(holds_tokens, paths)):
-        split, what = corpus.whole, "all tokens"
+    folder = rt.on_main(fineweb.tokens_for, paths, config.tokenizer, rt.say)
+    corpus = rt.on_all(open_data, folder)
+    name, split, what = "validation loss", corpus.val, "the validation split"
+    is_text = not all(map(holds_tokens, paths))
+    if is_text:
+        name, split, what = "loss", corpus.whole, "all tokens"
         config = replace(config, eval_tokens=len(split))
     require(len(split) > 1, f"{' '.join(paths)}: {len(split)} tokens; expected 2 or more; use more")
     model = GPT(config.shape(corpus.encoding)).to(rt.device)
@@ -945,12 +947,14 @@ def measure(config: TrainConfig, rt: Runtime) -> None:
     rt.send_from_main(model.state_dict().values())
     result = evaluate(model, split, config, rt, token_bytes(get_encoding(corpus.encoding)))
     rt.say(
-        f"validation loss {result['val_loss']:.4f} nats per token",
+        f"{name:<15} {result['val_loss']:.4f} nats per token",
         f"perplexity      {math.exp(result['val_loss']):.2f} per token",
         f"bits per byte   {result['bits_per_byte']:.4f}",
         f"measured on     {result['eval_tokens']:,} of the {len(split):,} tokens of "
         f"{' '.join(config.data)}, {what}, in windows of {config.seq_len:,}",
     )
+    if is_text:
+        rt.say(f"its validation split alone: --data {folder}")
 
 
 if __name__ == "__main__":

@@ -776,7 +776,20 @@ def test_eval_only_measures_the_whole_of_a_text(finished, in_tmp, capfd):
     Path("novel.txt").write_bytes(text)
     assert evaluate_only("--init-from", finished, "--data", "novel.txt") == 0
     # One token a byte, and the token that ends the document.
-    assert "measured on     5,000 of the 5,001 tokens of novel.txt" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "measured on     5,000 of the 5,001 tokens of novel.txt" in out
+
+
+def test_eval_only_of_a_text_names_its_validation_split(finished, in_tmp, capfd):
+    """A model may have been trained on the text, so its loss there is none of a validation."""
+    Path("novel.txt").write_bytes((ROOT / "input.txt").read_bytes()[:5000])
+    assert evaluate_only("--init-from", finished, "--data", "novel.txt") == 0
+    out = capfd.readouterr().out
+    assert "\nloss            " in out and "validation loss" not in out
+    folder = out.splitlines()[-1].removeprefix("its validation split alone: --data ")
+    assert evaluate_only("--init-from", finished, "--data", folder) == 0
+    out = capfd.readouterr().out
+    assert "\nvalidation loss " in out and "of the 500 tokens" in out
 
 
 # ------------------------------------------------------------------------------ the command line
