@@ -186,6 +186,12 @@ class TrainConfig:
         )
         room = self.max_steps - self.warmup_steps
         require(
+            self.schedule != "wsd" or room > 0,
+            f"--schedule wsd with --warmup-steps {self.warmup_steps} of --max-steps "
+            f"{self.max_steps}; expected fewer, since its decay follows the warm-up; lower "
+            "--warmup-steps",
+        )
+        require(
             self.schedule != "wsd" or 1 <= self.decay_steps <= room,
             f"--schedule wsd with --decay-steps {self.decay_steps}; expected 1 to {room}, the "
             "steps after the warm-up; a fifth of --max-steps is usual",

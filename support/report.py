@@ -54,10 +54,10 @@ def before(config: Any, model: Any, data: Any, run: RunDirectory, rt: Runtime) -
     elif run.step:
         where += f", going on after step {run.step}"
     lines += [where, ""]
-    if config.warmup_steps >= config.max_steps:
+    if config.warmup_steps > config.max_steps / 2:
         lines.append(
             f"note: {config.warmup_steps} steps of warm-up in a run of {config.max_steps}: the "
-            "learning rate stays below its peak; --warmup-steps lowers it"
+            "learning rate grows for most of the run; --warmup-steps shortens it"
         )
     return lines + note_on_busy_cores(rt)
 
@@ -163,7 +163,9 @@ class TrainingProgress:
 
     def summary(self) -> list[str]:
         """What is said at the end of a run: time, last and best validation, memory, speed."""
-        line = f"Done: {self.run.elapsed:,.0f} s of training"
+        line = f"Done: {self.seconds:,.0f} s of training"
+        if self.first_step:
+            line += f" since step {self.first_step}, {self.run.elapsed:,.0f} s in all"
         if self.validation_loss is not None:
             line += f", validation loss {self.validation_loss:.4f} nats per token"
         lines = [line + "."]

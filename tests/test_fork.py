@@ -212,3 +212,10 @@ def test_a_wsd_without_room_for_its_decay_is_refused(here, capfd, decay):
     flags = ("--schedule", "wsd", "--decay-steps", decay, "--out", "r")
     assert train("--data", "text", *TINY, *flags) == 2
     assert f"--decay-steps {decay}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("warmup", [12, 13])
+def test_a_wsd_whose_warm_up_takes_the_whole_run_is_refused(here, capfd, warmup):
+    flags = ("--schedule", "wsd", "--decay-steps", 2, "--warmup-steps", warmup, "--out", "r")
+    assert train("--data", "text", *TINY, *flags) == 2
+    assert f"--warmup-steps {warmup} of --max-steps 12; expected fewer" in capfd.readouterr().err

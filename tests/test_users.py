@@ -221,6 +221,24 @@ def test_a_line_of_progress_has_mean_validation_speed_and_time_left():
         assert progress.describe() == "loss 2.500 (mean of 2)  val 2.190  10.2k tok/s"
 
 
+def test_the_time_of_a_run_that_goes_on_is_told_apart_from_all(in_tmp):
+    """A fork's time begins with that of the run that it is forked from."""
+    config = train_gpt2.RECIPES["first-run"]
+    run = SimpleNamespace(step=500, listeners=[], elapsed=28.0, folder=in_tmp)
+    rt = train_gpt2.start("cpu", "float32")
+    with report.TrainingProgress(config, config.shape("bytes"), run, rt) as progress:
+        progress.seconds = 3.0
+        assert progress.summary() == ["Done: 3 s of training since step 500, 28 s in all."]
+
+
+@pytest.mark.parametrize("warmup_steps, is_said", [(1, False), (2, True), (3, True)])
+def test_a_warm_up_of_most_of_the_run_is_pointed_out(text, capsys, warmup_steps, is_said):
+    flags = ("--max-steps", 2, "--warmup-steps", warmup_steps, "--save-every", 0)
+    assert train("--data", text, *flags) == 0
+    note = f"note: {warmup_steps} steps of warm-up in a run of 2: "
+    assert (note in capsys.readouterr().out) == is_said
+
+
 @pytest.mark.parametrize("load, threads, is_said", [(2.1, 2, True), (0.2, 2, False), (9, 1, False)])
 def test_busy_cores_are_pointed_out_with_the_remedy(load, threads, is_said, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
