@@ -3,20 +3,21 @@
     python -m support.plot runs/gpt2                         # losses, and HellaSwag where scored
     python -m support.plot runs/* --out sweep.png            # several runs in one picture
     python -m support.plot runs/* --y grad_norm --x seconds  # any number in the log
-    python -m support.plot runs/* --table                    # final losses as a Markdown table
+    python -m support.plot runs/* --table                    # losses as a Markdown table
 
 A folder that is not a run stands for the runs below it. Finished runs that differ in their seed
 alone are drawn as one curve, their mean, in a band from the lowest of them to the highest. The
-legend says what differs between the others. An unfinished run stands alone, and the legend says
-how far it came. A forked run has a mark where it left its trunk; if the trunk is drawn too, the
-branch begins there.
+legend says what tells each curve from the others. An unfinished run stands alone, and the legend
+says how far it came. A forked run has a mark where it left its trunk; if the trunk is drawn too,
+the branch begins there.
 """
 
 import io
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,15 +29,18 @@ from support import script
 from support.files import read_json, read_jsonl, same_folder, write_file
 from support.script import UserError, parse_flags, require, run_script, shown
 
-# OpenAI's GPT-2 by number of layers. HellaSwag is acc_norm in percent, completion style, from
-# build-nanogpt (124M and XL) and llm.c (the two between). The loss is that of the 124M model on
-# FineWeb-Edu's validation shard, from build-nanogpt.
-OPENAI_HELLASWAG = {12: 29.55, 24: 37.52, 36: 43.20, 48: 48.93}
+# OpenAI's GPT-2 by number of layers. HellaSwag is acc_norm, completion style, from build-nanogpt
+# (124M and XL) and llm.c (the two between). The loss is that of the 124M model on FineWeb-Edu's
+# validation shard, from build-nanogpt.
+OPENAI_HELLASWAG = {12: 0.2955, 24: 0.3752, 36: 0.4320, 48: 0.4893}
 OPENAI_LOSS = {12: 3.2924}
 FINEWEB_EDU = "edu_fineweb10B"  # the name of the folder that fineweb.py makes
 
-# The events of log.jsonl that are drawn, the value that is drawn of each, and its unit.
-VALUE_OF_EVENT = {"train": ("loss", 1), "eval": ("val_loss", 1), "hellaswag": ("acc_norm", 100)}
+Key = tuple[str, str]  # an event of log.jsonl, and the name of a number in it
+
+# What is drawn without --y.
+TRAINING, VALIDATION, SCORE = ("train", "loss"), ("eval", "val_loss"), ("hellaswag", "acc_norm")
+DRAWN_OF_EVENT = dict([TRAINING, VALIDATION, SCORE])
 
 # What the horizontal axis shows: the key of the log's entries, and the axis' label.
 AXES = {
@@ -114,11 +118,10 @@ class Run:
 
     folder: Path
     config: dict[str, Any]  # the single values of train.json; empty if it cannot be read
-    curves: dict[str, Curve]  # by event
+    curves: dict[Key, Curve]
     clock: np.ndarray  # (2, n): steps, and where the horizontal axis has them
-    numbers: set[str]  # the names of all numbers in the log, if one is looked for
-    best: tuple[int, float] | None = None  # step and validation loss of the best checkpoint
-    is_branch: bool = False  # its curves begin at its fork, because the trunk is drawn too
+    names: set[str]  # of all numbers in the log
+    best: dict[str, Any]  # step and val_loss of the best checkpoint; empty if none is kept
 
     @property
     def name(self) -> str:
@@ -153,8 +156,8 @@ def find_runs(folders: list[Path], say: Callable[[str], None] = script.say) -> l
     named = ", ".join(map(str, folders)) or "no folder"
     require(
         bool(runs),
-        f"{named}: no log.jsonl in it or below it; expected run directories, or folders of them; "
-        "for example runs/first-run",
+        f"{named}: no log.jsonl in it or below it; expected run directories, or folders of them, "
+        "as the first arguments; for example runs/first-run",
     )
     return runs
 
@@ -171,42 +174,36 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def read_run(
-    folder: Path, x: str = "tokens", y: str = "", say: Callable[[str], None] = script.say
+    folder: Path, x: str = "tokens", y: Sequence[str] = (), say: Callable[[str], None] = script.say
 ) -> Run:
     """Read a run directory. What is damaged in it is passed over, with one line for each file.
 
-    x: a key of AXES. y: the number that is read of each event that has it; empty: those of
-    VALUE_OF_EVENT.
+    x: a key of AXES. y: the names of the numbers that are read; empty: those of DRAWN_OF_EVENT, and
+    the validation loss of each corpus of a mixture.
     """
-    curves, clock, numbers = read_log(folder, x, y, say)
+    config = read_config(folder, say)
+    curves, clock, names = read_log(folder, x, y, say)
     best = read_or_pass_over(folder / "best.json", {"step": int, "val_loss": float}, say)
-    return Run(
-        folder=folder,
-        config=read_config(folder, say),
-        curves=curves,
-        clock=clock,
-        numbers=numbers,
-        best=(best["step"], best["val_loss"]) if best else None,
-    )
+    return Run(folder, config, curves, clock, names, best)
 
 
 def read_config(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The single values of train.json, by which runs are compared; {} where it cannot be read.
 
-    They are joined by the code that the run was trained by, since runs of edited code are no seeds
-    of each other, and by the run and the step that it was forked from.
+    With them the run and the step that it was forked from, and the code that trained it, since runs
+    of edited code are no seeds of each other.
     """
     shape = {"max_steps?": int, "started?": {"code?": str}}
     config = read_or_pass_over(folder / "train.json", shape, say)
     values = {}
-    origin = config.get("origin")
-    if isinstance(origin, dict) and type(origin.get("step")) is int:
-        values = {"forked_from": str(origin.get("run")), "forked_at": origin["step"]}
     for key, value in config.items():
         if isinstance(value, list):  # such as the paths of --data
             value = " ".join(map(str, value))
-        if not isinstance(value, dict):
+        if not isinstance(value, dict | None):
             values[key] = value
+    origin = config.get("origin")
+    if isinstance(origin, dict) and type(origin.get("step")) is int:
+        values |= {"forked_from": str(origin.get("run")), "forked_at": origin["step"]}
     code = config.get("started", {}).get("code")
     if code:
         values["code"] = code[:7]
@@ -225,40 +222,39 @@ def read_or_pass_over(file: Path, shape: dict, say: Callable[[str], None]) -> di
 
 
 def read_log(
-    folder: Path, x: str, y: str, say: Callable[[str], None]
-) -> tuple[dict[str, Curve], np.ndarray, set[str]]:
-    """The curves in log.jsonl by event, the clock of a Run, and the names of the log's numbers."""
+    folder: Path, x: str, y: Sequence[str], say: Callable[[str], None]
+) -> tuple[dict[Key, Curve], np.ndarray, set[str]]:
+    """The curves of a Run, its clock and its names, from its log.jsonl."""
     file = folder / "log.jsonl"
     require(file.is_file(), f"{file}: not there; expected a run directory; name one below runs/")
-    points: dict[str, dict[int, float]] = {}  # by event, the value at each step
+    points: dict[Key, dict[int, float]] = {}  # the value at each step
     place_of_step = {}
-    numbers = set()
+    names = set()
     passed_over = 0
     for _, entry in read_jsonl(file):
         if entry is None or type(entry.get("step")) is not int:
             passed_over += 1
             continue
-        step, event, place = entry["step"], str(entry.get("event")), entry.get(AXES[x][0])
-        if is_number(place):
-            place_of_step[step] = place
-        key, unit = (y, 1) if y else VALUE_OF_EVENT.get(event, ("", 1))
-        value = entry.get(key)
-        if is_number(value):
-            points.setdefault(event, {})[step] = unit * value
-        elif key and not y:
-            passed_over += 1
-        if y:
-            numbers |= {name for name, value in entry.items() if is_number(value)}
+        step, event = entry["step"], str(entry.get("event"))
+        numbers = {name: value for name, value in entry.items() if is_number(value)}
+        names.update(numbers)
+        expected = DRAWN_OF_EVENT.get(event)
+        for name in y or [name for name in numbers if name.split(" ")[0] == expected]:
+            if name in numbers:
+                points.setdefault((event, name), {})[step] = numbers[name]
+        if AXES[x][0] in numbers:
+            place_of_step[step] = numbers[AXES[x][0]]
+        passed_over += bool(expected) and expected not in numbers
     if passed_over:
         say(f"{file}: {passed_over} of its lines are no entries of a log, passed over")
     clock = np.array(sorted(place_of_step.items()), dtype=np.float64).reshape(-1, 2).T
     curves = {}
-    for event, value_of_step in points.items():
+    for key, value_of_step in points.items():
         steps, values = np.array(sorted(value_of_step.items()), dtype=np.float64).T
         if clock.size:
             curve = Curve(np.interp(steps, *clock), values, values, values)
-            curves[event] = thinned(curve) if event == "train" else curve
-    return curves, clock, numbers
+            curves[key] = thinned(curve) if key[0] == "train" else curve
+    return curves, clock, names
 
 
 def is_number(value: Any) -> bool:
@@ -289,7 +285,7 @@ class Group:
     """Runs that are drawn as one curve."""
 
     runs: list[Run]
-    differs: str = ""  # what its configuration has that others drawn beside it do not have
+    differs: str  # what its configuration has that others drawn beside it do not have
 
     @property
     def name(self) -> str:
@@ -305,14 +301,10 @@ class Group:
             return ""
         return f" at step {run.last_step:,} of {run.config['max_steps']:,}"
 
-    @property
-    def forked_at(self) -> int | None:
-        return self.runs[0].config.get("forked_at")
-
-    def curve(self, event: str) -> Curve | None:
-        """The runs' mean of an event; None where none of them has it."""
-        curves = [run.curves[event] for run in self.runs if event in run.curves]
-        return mean_curve(curves) if curves else None
+    def curves(self, keys: Iterable[Key]) -> dict[Key, Curve]:
+        """The means of the runs' curves, of those keys that any of them has."""
+        found = {key: [run.curves[key] for run in self.runs if key in run.curves] for key in keys}
+        return {key: mean_curve(curves) for key, curves in found.items() if curves}
 
 
 def mean_curve(curves: list[Curve]) -> Curve:
@@ -328,13 +320,19 @@ def mean_curve(curves: list[Curve]) -> Curve:
 
 
 def arrange(runs: list[Run]) -> list[Group]:
-    """Finished runs that differ in no more than their seed are put together."""
+    """Finished runs that differ in no more than their seed are put together.
+
+    Runs of one seed go to different groups: they say nothing of other seeds.
+    """
     runs = [from_fork_on(run, runs) for run in runs]
     groups: dict[str, list[Run]] = {}
+    times = Counter()
     for number, run in enumerate(runs):
         key = str(number)
         if run.config and run.is_finished:
-            key = json.dumps(learned(run), sort_keys=True)
+            same = (json.dumps(learned(run), sort_keys=True), run.config.get("seed"))
+            key = f"{same[0]} {times[same]}"
+            times[same] += 1
         groups.setdefault(key, []).append(run)
     differences = what_differs([group[0] for group in groups.values()])
     return [Group(*both) for both in zip(groups.values(), differences, strict=True)]
@@ -346,19 +344,19 @@ def learned(run: Run) -> dict[str, Any]:
 
 
 def what_differs(runs: list[Run]) -> list[str]:
-    """For each run the values of its configuration that not all of the others share, in words."""
-    configs = [learned(run) for run in runs]
-    names = dict.fromkeys(name for config in configs for name in config)  # in their order
-    differing = []
-    for name in names:
-        values = {json.dumps(config.get(name)) for config in configs if config}
-        if len(values) > 1:
-            differing.append(name)
+    """For each run the values of its configuration that not all of the others share, in words.
+
+    Those come first that the fewest share, and the hash of the code comes last.
+    """
+    configs = [{name: str(value) for name, value in learned(run).items()} for run in runs]
+    sharing = Counter(entry for config in configs for entry in config.items())
+    readable = sum(map(bool, configs))
     words = []
     for config in configs:
-        entries = [name for name in differing if config.get(name)]  # what is off is not named
+        differing = [entry for entry in config.items() if entry[1] and sharing[entry] < readable]
+        differing.sort(key=lambda entry: (entry[0] == "code", sharing[entry]))
         words.append(
-            ", ".join(f"{shown(name, 30)} {shown(str(config[name]), 30)}" for name in entries)
+            ", ".join(f"{shown(name, 30)} {shown(value, 30)}" for name, value in differing)
         )
     return words
 
@@ -373,14 +371,14 @@ def from_fork_on(run: Run, drawn: list[Run]) -> Run:
         return run
     fork = run.x(run.config["forked_at"])
     curves = {}
-    for event, curve in run.curves.items():
+    for key, curve in run.curves.items():
         curve = curve.part(curve.x > fork)
-        common = trunk.curves.get(event)
+        common = trunk.curves.get(key)
         if common is not None:
             curve = curve.beginning_at(fork, np.interp(fork, common.x, common.mean))
         if len(curve.x):
-            curves[event] = curve
-    return replace(run, curves=curves, is_branch=True)
+            curves[key] = curve
+    return replace(run, curves=curves)
 
 
 def is_trunk(other: Run, branch: Run) -> bool:
@@ -390,14 +388,10 @@ def is_trunk(other: Run, branch: Run) -> bool:
     return any(same_folder(other.folder, place) for place in places)
 
 
-def depths_on_fineweb_edu(groups: list[Group]) -> list[int]:
-    """The numbers of layers for which OpenAI's model is a fair reference."""
-    depths = set()
-    for group in groups:
-        config = group.runs[0].config
-        if Path(str(config.get("data"))).name == FINEWEB_EDU:
-            depths.add(config.get("n_layer"))
-    return sorted(depth for depth in depths if type(depth) is int)
+def say_if_not_comparable(runs: list[Run], say: Callable[[str], None]) -> None:
+    """A byte and a token of GPT-2 do not have the same loss."""
+    if len({run.config["tokenizer"] for run in runs if "tokenizer" in run.config}) > 1:
+        say("losses per byte and per token are not comparable; --y bits_per_byte is")
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -407,13 +401,13 @@ def draw_curves(
     folders: list[Path],
     file: Path,
     say: Callable[[str], None] = script.say,
-    x: Literal["tokens", "steps", "seconds"] = "tokens",
-    y: str = "",
+    x: str = "tokens",
+    y: Sequence[str] = (),
 ) -> None:
     """Draw training and validation loss, and HellaSwag beside them if it was scored.
 
     folders: run directories. file: the picture, of the kind that its suffix names. It is replaced
-    whole, so that nobody sees half of it. y: a number in the log that is drawn instead.
+    whole, so that nobody sees half of it. y: names of numbers in the log that are drawn instead.
     """
     kind = file.suffix.removeprefix(".").lower()
     require(
@@ -422,12 +416,15 @@ def draw_curves(
         "example curves.png",
     )
     runs = [read_run(folder, x, y, say) for folder in folders]
-    if y and not any(run.curves for run in runs):
-        numbers = sorted(set().union(*(run.numbers for run in runs)))
-        raise UserError(
-            f"--y {y}: no log has a number of that name; expected one of "
-            f"{', '.join(map(shown, numbers))}; choose one of them"
+    names = set().union(*(run.names for run in runs))
+    for name in y:
+        require(
+            name in names,
+            f"--y {name}: no log has a number of that name; expected one of "
+            f"{', '.join(map(shown, sorted(names)))}; choose one of them",
         )
+    if not y or any("loss" in name for name in y):
+        say_if_not_comparable(runs, say)
     picture = io.BytesIO()
     with _matplotlib:
         import matplotlib
@@ -438,18 +435,17 @@ def draw_curves(
     write_file(file, picture.getvalue())
 
 
-def make_figure(groups: list[Group], x: str, y: str):
+def make_figure(groups: list[Group], x: str, y: Sequence[str]):
     """The figure: a panel of losses and one of HellaSwag scores, or one of `y`."""
     from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
     runs = [run for group in groups for run in group.runs]
-    events = dict.fromkeys(event for run in runs for event in run.curves)
-    has_scores = "hellaswag" in events and not y
+    has_scores = any(SCORE in run.curves for run in runs) and not y
     figure = Figure(dpi=200)
     axes = figure.subplots(1, 2 if has_scores else 1, squeeze=False)[0]
     panels = [Panel(axis, groups, AXES[x][1]) for axis in axes]
     if y:
-        panels[0].draw_number(y, list(events))
+        panels[0].draw_numbers(y)
     else:
         panels[0].draw_losses()
     if has_scores:
@@ -488,12 +484,12 @@ def legend_of_groups(panels: list["Panel"]) -> list[tuple]:
     for number, group in enumerate(groups[:MOST_LABELS]):
         ends = [panel.ends[number] for panel in panels if number in panel.ends]
         words = f" ({', '.join(ends)}{group.how_far})" if ends else ""
-        label = f"{group.name}: {group.differs}" if group.differs else group.name
-        room = LONGEST_LABEL - len(words)
-        if len(label) > room:
-            label = label[:room].rpartition(", ")[0] + ", …"
-        label += words
-        entries.append((line_of(color_of(number), linestyle=style_of(number)), label))
+        differs = group.differs
+        room = max(LONGEST_LABEL - len(group.name + words), 0)
+        if len(differs) > room:
+            differs = f"{differs[:room].rpartition(', ')[0]}, …".lstrip(", ")
+        label = f"{group.name}: {differs}" if differs else group.name
+        entries.append((line_of(color_of(number), linestyle=style_of(number)), label + words))
     if len(groups) > MOST_LABELS:
         entries.append((line_of("none"), f"and {len(groups) - MOST_LABELS} more"))
     kinds = {}
@@ -541,77 +537,88 @@ class Panel:
         axes.spines[["top", "right"]].set_visible(False)
 
     def draw_losses(self) -> None:
-        """Training loss, pale, and validation loss, strong, in one color for each group."""
-        is_bytes = [group.runs[0].config.get("tokenizer") == "bytes" for group in self.groups]
+        """Training loss, pale, and validation loss, strong, in one color for each group.
+
+        A single run of a mixture has a line for each corpus too.
+        """
+        runs = [group.runs[0] for group in self.groups]
+        is_bytes = [run.config.get("tokenizer") == "bytes" for run in runs]
         self.axes.set_ylabel(f"loss (nats per {'byte' if all(is_bytes) else 'token'})")
-        self.draw_events({"train": "training", "eval": "validation"}, ".3f", is_bounded=True)
+        words = {TRAINING: "training", VALIDATION: "validation"}
+        for key in runs[0].curves:
+            if self.is_single and key[1].startswith("val_loss "):
+                words[key] = shown(key[1].replace("val_loss", "validation"), LONGEST_NAME)
+        if len(runs) > MOST_TRAINING_CURVES and all(VALIDATION in run.curves for run in runs):
+            del words[TRAINING]
+        self.draw_curves(words, ".3f")
         for number, group in enumerate(self.groups):
             run = group.runs[0]
             if len(group.runs) == 1 and run.best:
-                step, loss = run.best
+                step, loss = run.best["step"], run.best["val_loss"]
                 label = "best checkpoint"
                 if self.is_single:
                     label += f" ({loss:.3f} at step {step:,})"
                 self.mark(number, run.x(step), loss, label, marker="*", markersize=11)
-        self.draw_references(OPENAI_LOSS)
+        self.draw_references(OPENAI_LOSS, ".4f")
 
     def draw_scores(self) -> None:
-        """HellaSwag scores in percent."""
-        self.axes.set_ylabel("HellaSwag acc_norm (%), completion style")
-        self.draw_events({"hellaswag": "acc_norm"}, ".2f")
+        """HellaSwag scores."""
+        from matplotlib.ticker import PercentFormatter
+
+        self.axes.set_ylabel("HellaSwag acc_norm, completion style")
+        self.axes.yaxis.set_major_formatter(PercentFormatter(1))
+        self.draw_curves({SCORE: "acc_norm"}, ".2%")
         style = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}
-        self.kinds["chance (25)"] = self.axes.axhline(25, **style)
-        self.draw_references(OPENAI_HELLASWAG)
+        self.kinds["chance (25%)"] = self.axes.axhline(0.25, **style)
+        self.draw_references(OPENAI_HELLASWAG, ".2%")
 
-    def draw_number(self, name: str, events: list[str]) -> None:
-        """Any number of the log, of each event that has it."""
-        self.axes.set_ylabel(shown(name, LONGEST_NAME))
-        words = {event: shown(event, LONGEST_NAME) for event in events}
-        self.draw_events(words, ".4g", is_bounded=name in GROWS_IN_DIVERGENCE)
+    def draw_numbers(self, y: Sequence[str]) -> None:
+        """Any numbers of the log, of each event that has them."""
+        self.axes.set_ylabel(", ".join(shown(name, LONGEST_NAME) for name in y))
+        keys = [key for group in self.groups for run in group.runs for key in run.curves]
+        self.draw_curves({key: shown(key[1], LONGEST_NAME) for key in keys}, ".4g")
 
-    def draw_events(self, words: dict[str, str], form: str, is_bounded: bool = False) -> None:
-        """Draw the curves of some events, of each group that has them.
+    def draw_curves(self, words: dict[Key, str], form: str) -> None:
+        """Draw some curves of each group that has them.
 
-        words: by event, what the legend calls it. form: how its values are written.
+        words: what the legend calls each. form: how its values are written.
         """
-        drawn_of_group = [self.curves_to_draw(group, list(words)) for group in self.groups]
+        drawn_of_group = [group.curves(words) for group in self.groups]
+        is_bounded = any(name.split(" ")[0] in GROWS_IN_DIVERGENCE for _, name in words)
         top = self.limit_height(drawn_of_group) if is_bounded else np.inf
+        nth = {}  # curves of one event have different lines
+        for key in words:
+            nth[key] = sum(key[0] == event for event, _ in nth)
         for number, (group, drawn) in enumerate(zip(self.groups, drawn_of_group, strict=True)):
-            for event, curve in drawn.items():
+            for key, curve in drawn.items():
                 end = format(curve.mean[-1], form)
-                self.ends[number] = f"{words[event]} {end}"
-                label = words[event] if self.is_single or len(words) > 1 else ""
+                self.ends[number] = f"{words[key]} {end}"
+                label = words[key] if self.is_single or len(words) > 1 else ""
                 if self.is_single:
                     label += f" ({end})"
                     label += f", mean of {curve.steps} steps" if curve.steps > 1 else ""
-                self.draw(number, curve, label, event == "train", top)
-            if drawn and group.forked_at is not None:
-                x = group.runs[0].x(group.forked_at)
+                self.draw(number, key, curve, label, nth[key], top)
+            run = group.runs[0]
+            if drawn and "forked_at" in run.config:
+                curve = drawn.get(VALIDATION, curve)
+                x = run.x(run.config["forked_at"])
                 y = np.interp(x, curve.x, curve.mean)
-                style = {"marker": "D", "markersize": 6, "markerfacecolor": "white"}
-                self.mark(number, x, y, "fork", **style)
+                self.mark(number, x, y, "fork", marker="D", markersize=6, markerfacecolor="white")
 
-    def curves_to_draw(self, group: Group, events: list[str]) -> dict[str, Curve]:
-        """A group's curves by event; of many groups not those of training, if there are others."""
-        curves = {event: group.curve(event) for event in events}
-        found = {event: curve for event, curve in curves.items() if curve is not None}
-        if len(self.groups) > MOST_TRAINING_CURVES and len(found) > 1:
-            found.pop("train", None)
-        return found
-
-    def draw(self, number: int, curve: Curve, label: str, is_training: bool, top: float) -> None:
+    def draw(self, number: int, key: Key, curve: Curve, label: str, nth: int, top: float) -> None:
         """A group's curve, pale for training. A band says what it is the mean of."""
-        color, style = color_of(number), {"linestyle": style_of(number), "linewidth": 1.6}
-        if is_training:
+        color, style = color_of(number), {"linestyle": style_of(10 * nth), "linewidth": 1.6}
+        if key[0] == "train":
             style |= {"alpha": 0.55, "linewidth": 1}
         else:
             curve = without_start_above(curve, top)
-        if not is_training or len(curve.x) == 1:
+        if key[0] != "train" or len(curve.x) == 1:
             style["marker"] = "."
         if self.is_single or len(self.groups[number].runs) > 1:
-            style_of_band = {"color": color, "alpha": 0.15, "linewidth": 0}
-            self.axes.fill_between(curve.x, curve.low, curve.high, **style_of_band)
-        self.axes.plot(curve.x, curve.mean, color=color, **style)
+            band = {"color": color, "alpha": 0.15, "linewidth": 0}
+            self.axes.fill_between(curve.x, curve.low, curve.high, **band)
+        of_group = style | {"color": color, "linestyle": style_of(number + 10 * nth)}
+        self.axes.plot(curve.x, curve.mean, **of_group)
         if label:
             self.add_kind(label, style)
 
@@ -624,39 +631,40 @@ class Panel:
     def add_kind(self, label: str, style: dict) -> None:
         """Let the legend explain a kind of line, once."""
         color = color_of(0) if self.is_single else "black"
-        if not self.is_single and style["linestyle"]:
-            style = style | {"linestyle": "-"}
         self.kinds.setdefault(label, line_of(color, **style))
 
-    def draw_references(self, values: dict[int, float]) -> None:
-        """A line at the value of OpenAI's model of the same number of layers, where it is known."""
-        for layers in depths_on_fineweb_edu(self.groups):
-            if layers in values:
-                style = {"color": "black", "linewidth": 0.8, "linestyle": "--"}
-                line = self.axes.axhline(values[layers], **style)
-                self.kinds[f"OpenAI GPT-2, same size ({values[layers]})"] = line
+    def draw_references(self, values: dict[int, float], form: str) -> None:
+        """A line at the value of OpenAI's model of the same number of layers, where it is fair."""
+        for config in (group.runs[0].config for group in self.groups):
+            value = values.get(config.get("n_layer"))
+            if value and Path(str(config.get("data"))).name == FINEWEB_EDU:
+                label = f"OpenAI GPT-2, same size ({value:{form}})"
+                if label not in self.kinds:
+                    style = {"color": "black", "linewidth": 0.8, "linestyle": "--"}
+                    self.kinds[label] = self.axes.axhline(value, **style)
 
-    def limit_height(self, drawn_of_group: list[dict[str, Curve]]) -> float:
+    def limit_height(self, drawn_of_group: list[dict[Key, Curve]]) -> float:
         """Limit the height to where the curves are once they have settled; returns the top.
 
         The first steps fall from ln V. To show them whole would flatten all that comes after. Nor
-        does a group set the scale that ends above twice the lowest end: it has diverged.
+        does a curve set the scale that ends above twice the lowest end of its key: it has diverged.
         """
-        curves = []
+        ends = [curve.x[-1] for drawn in drawn_of_group for curve in drawn.values()]
+        unsettled = UNSETTLED * max(ends, default=0)
+        lowest_end: dict[Key, float] = {}
+        for drawn in drawn_of_group:
+            for key, curve in drawn.items():
+                lowest_end[key] = min(curve.mean[-1], lowest_end.get(key, np.inf))
+        kept = []
         for group, drawn in zip(self.groups, drawn_of_group, strict=True):
-            curves += [(group.runs[0], curve) for curve in drawn.values()]
-        unsettled = UNSETTLED * max((curve.x[-1] for _, curve in curves), default=0)
-        settled = []
-        for run, curve in curves:
-            goes_on = run.is_branch or run.config.get("init_from")
-            values = curve.mean if goes_on else curve.mean[curve.x >= unsettled]
-            if len(values):
-                settled.append(values)
-        if not settled:
+            begin = 0 if group.runs[0].config.get("init_from") else unsettled
+            for key, curve in drawn.items():
+                values = curve.mean[curve.x >= begin]
+                if len(values) and values[-1] <= 2 * lowest_end[key]:
+                    kept.append(values)
+        if not kept:
             return np.inf
-        lowest_end = min(values[-1] for values in settled)
-        low = min(values.min() for values in settled)
-        high = max(values.max() for values in settled if values[-1] <= 2 * lowest_end)
+        low, high = np.concatenate(kept).min(), np.concatenate(kept).max()
         margin = 0.15 * (high - low) + 1e-3
         self.axes.set_ylim(low - margin, high + margin)
         return high + margin
@@ -667,10 +675,8 @@ def without_start_above(curve: Curve, top: float) -> Curve:
 
     The line from a point outside, at step 0, would cross all of a short run's picture.
     """
-    inside = np.flatnonzero(curve.mean <= top)
-    if len(inside) == 0:
-        return curve
-    return curve.part(np.arange(len(curve.x)) >= inside[0])
+    inside = np.logical_or.accumulate(curve.mean <= top)
+    return curve.part(inside) if inside.any() else curve
 
 
 def color_of(number: int) -> str:
@@ -695,45 +701,53 @@ def short(count: float) -> str:
 
 
 def table(groups: list[Group]) -> str:
-    """Final losses in Markdown: a row for each configuration, mean ± standard deviation."""
+    """Losses in Markdown: a row for each configuration, mean ± standard deviation."""
     head = ["run", "differs in", "runs", "tokens", "training loss"]
-    head += ["validation loss, last", "of the best checkpoint", "HellaSwag acc_norm"]
+    head += ["validation loss, last", "lowest", "HellaSwag acc_norm"]
     rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for group in groups:
         ends = {}
-        for event in VALUE_OF_EVENT:
-            ends[event] = [run.curves[event] for run in group.runs if event in run.curves]
-        tokens = max((curve.x[-1] for curve in ends["train"]), default=0)
-        best = [run.best for run in group.runs if run.best]
-        at = f" at step {best[0][0]:,}" if len(best) == 1 else ""
+        for key in (TRAINING, VALIDATION, SCORE):
+            ends[key] = [run.curves[key].mean[-1] for run in group.runs if key in run.curves]
+        lowest = [found for run in group.runs if (found := lowest_validation(run))]
+        steps = {step for _, step in lowest}
+        at = f" at step {steps.pop():,.0f}" if len(steps) == 1 else ""
         row = [
             group.runs[0].name + (f", unfinished{group.how_far}" if group.how_far else ""),
             group.differs,
             str(len(group.runs)),
-            short(tokens),
-            mean_and_deviation([curve.mean[-1] for curve in ends["train"]], digits=4),
-            mean_and_deviation([curve.mean[-1] for curve in ends["eval"]], digits=4),
-            mean_and_deviation([loss for _, loss in best], digits=4) + at,
-            mean_and_deviation([curve.mean[-1] for curve in ends["hellaswag"]], digits=2),
+            short(max(run.clock[1].max(initial=0) for run in group.runs)),
+            mean_and_deviation(ends[TRAINING], ".4f"),
+            mean_and_deviation(ends[VALIDATION], ".4f"),
+            mean_and_deviation([loss for loss, _ in lowest], ".4f") + at,
+            mean_and_deviation(ends[SCORE], ".2%"),
         ]
         rows.append([cell.replace("|", "\\|") for cell in row])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def mean_and_deviation(values: list[float], digits: int) -> str:
+def lowest_validation(run: Run) -> tuple[float, float] | None:
+    """The lowest validation loss and its step. A fork has none of its trunk's."""
+    if VALIDATION not in run.curves:
+        return None
+    curve = run.curves[VALIDATION]
+    steps = np.interp(curve.x, *run.clock[::-1])
+    own = steps > run.config.get("forked_at", -1)
+    return min(zip(curve.mean[own], steps[own], strict=True), default=None)
+
+
+def mean_and_deviation(values: list[float], form: str) -> str:
     """The mean of several seeds and the standard deviation between them, which one seed lacks."""
-    if not values:
-        return "–"
-    mean = f"{np.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+    if len(values) < 2:
+        return format(values[0], form) if values else "–"
+    return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}"
 
 
 # ---------------------------------------------------------------------------------------- script
 
 
 run_folders = tyro.conf.arg(metavar="RUN …", help_behavior_hint="(one or more)")
+losses = tyro.conf.arg(metavar="KEY …", help_behavior_hint="(default: losses and HellaSwag)")
 
 
 @dataclass(frozen=True)
@@ -742,17 +756,18 @@ class PlotConfig:
     runs: tyro.conf.Positional[Annotated[tuple[Path, ...], run_folders]] = ()
     out: Path = Path("curves.png")  # the picture: png, svg or pdf, as its suffix says
     x: Literal["tokens", "steps", "seconds"] = "tokens"  # what the horizontal axis shows
-    # a number in the log to draw, such as lr, grad_norm, tokens_per_second or a metric of your own;
-    # empty: the losses, and HellaSwag where it was scored
-    y: str = ""
-    table: bool = False  # print final losses as a Markdown table instead of drawing
+    # numbers in the log to draw, such as lr, grad_norm, tokens_per_second or metrics of your own
+    y: Annotated[tuple[str, ...], losses] = ()
+    table: bool = False  # print last and lowest losses as a Markdown table instead of drawing
 
 
 def main() -> None:
     config = parse_flags(PlotConfig, PlotConfig(), __doc__)
     folders = find_runs(list(config.runs))
     if config.table:
-        print(table(arrange([read_run(folder) for folder in folders])))
+        runs = [read_run(folder) for folder in folders]
+        say_if_not_comparable(runs, script.say)
+        print(table(arrange(runs)))
     else:
         draw_curves(folders, config.out, x=config.x, y=config.y)
         script.say(str(config.out))

@@ -45,7 +45,7 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     values = {"n_layer": 12, "data": "novel.txt", "tokenizer": "gpt2", "seed": 1}
-    values |= {"max_steps": STEPS, "out": str(folder)}
+    values |= {"max_steps": STEPS, "out": str(folder), "origin": None}
     (folder / "train.json").write_text(json.dumps(values | config))
     return folder
 
@@ -108,11 +108,11 @@ def test_several_runs_are_drawn_on_the_same_axes_and_hellaswag_beside_them(tmp_p
     )
     assert len(figure.axes) == 2
     assert labels(figure) == [
-        "a: learning_rate 0.001 (validation 3.100, acc_norm 31.00)",
+        "a: learning_rate 0.001 (validation 3.100, acc_norm 31.00%)",
         "b: learning_rate 0.002 (validation 3.200)",
         "training",
         "validation",
-        "chance (25)",
+        "chance (25%)",
     ]
 
 
@@ -170,6 +170,27 @@ def test_what_is_not_learned_does_not_part_seeds_and_anything_else_does(tmp_path
         "learning_rate 1",
         "learning_rate 2",
         "learning_rate 2, code x",
+    ]
+
+
+def test_two_runs_of_one_seed_are_not_two_seeds(tmp_path):
+    seeds = {"a": 1, "a-again": 1, "b": 2, "b-again": 2, "c": 3}
+    runs = [plot.read_run(write_run(tmp_path / name, seed=seed)) for name, seed in seeds.items()]
+    groups = [[run.name for run in group.runs] for group in plot.arrange(runs)]
+    assert groups == [["a", "b", "c"], ["a-again", "b-again"]]
+
+
+def test_the_legend_says_first_what_the_fewest_share(tmp_path, draw):
+    """As much as fits of what differs; the hash of the code last, for all its rarity."""
+    for n in range(3):
+        write_run(tmp_path / f"base-{n}", recipe="first-run", schedule="cosine", warmup_steps=n)
+    low = {"recipe": "first-run", "warmup_steps": 0, "dropout": 0.0}
+    write_run(tmp_path / "low", schedule="wsd", started={"code": "abcdef0123"}, **low)
+    write_run(tmp_path / "other", recipe="of another name", schedule="linear")
+    figure = draw(*plot.find_runs([tmp_path]))
+    assert labels(figure)[3:5] == [
+        "low: schedule wsd, dropout 0.0, warmup_steps 0, … (validation 3.100)",
+        "other: recipe of another name, schedule linear (validation 3.100)",
     ]
 
 
@@ -239,6 +260,65 @@ def test_a_validation_far_below_the_training_loss_is_in_the_picture(tmp_path, dr
     assert bottom < 1.2
 
 
+# ------------------------------------------------------------------------------ mixtures
+
+
+def write_mixture(folder: Path, **config) -> Path:
+    """A run that is validated on two corpora beside their mean, of which one falls from ln V."""
+    run = write_run(folder, data=["code=0.5", "novel=0.5"], **config)
+    events = read_events(run)
+    for event in events:
+        if event["event"] == "eval":
+            event["val_loss code"] = event["val_loss"] - 2 if event["step"] else 11.0
+            event["val_loss novel"] = 7.0
+    (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run
+
+
+def test_a_single_run_of_a_mixture_has_a_line_for_each_corpus(tmp_path, draw):
+    run = write_mixture(tmp_path / "a")
+    figure = draw(run)
+    assert labels(figure)[1:] == [
+        "validation (3.100)",
+        "validation code (1.100)",
+        "validation novel (7.000)",
+    ]
+    _, validation, code, novel = figure.axes[0].get_lines()
+    assert [line.get_linestyle() for line in (validation, code, novel)] == ["-", "--", ":"]
+    low, high = figure.axes[0].get_ylim()
+    assert low < 1.1 and 7 < high < 9
+    both = draw(run, write_run(tmp_path / "b", learning_rate=1))
+    assert len(both.axes[0].get_lines()) == 4
+    *_, fork = lines(draw(write_mixture(tmp_path / "branch", trunk=run)).axes[0])
+    assert fork.tolist() == [[50_000, pytest.approx(3.2)]]
+
+
+def test_several_numbers_share_a_picture(tmp_path, monkeypatch, draw):
+    runs = [write_mixture(tmp_path / name, learning_rate=name) for name in "ab"]
+    figure = draw(*runs, y=["val_loss code", "val_loss novel"])
+    assert labels(figure) == [
+        "a: learning_rate a (val_loss novel 7)",
+        "b: learning_rate b (val_loss novel 7)",
+        "val_loss code",
+        "val_loss novel",
+    ]
+    drawn = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()]
+    assert drawn == [("C0", "-"), ("C0", "--"), ("C1", "-"), ("C1", "--")]
+    assert figure.axes[0].get_ylabel() == "val_loss code, val_loss novel"
+    assert figure.axes[0].get_ylim()[1] < 9
+    monkeypatch.chdir(tmp_path)
+    assert run_main(plot.main, "a", "--y", "val_loss code", "lr") == 0
+
+
+def test_numbers_that_are_asked_for_are_drawn_of_any_number_of_runs(tmp_path, draw):
+    runs = [
+        write_run(tmp_path / f"{number}", learning_rate=number)
+        for number in range(1, plot.MOST_TRAINING_CURVES + 2)
+    ]
+    assert len(lines(draw(*runs).axes[0])) == len(runs)
+    assert len(lines(draw(*runs, y=["loss", "val_loss"]).axes[0])) == 2 * len(runs)
+
+
 # ------------------------------------------------------------------------------ forks
 
 
@@ -286,7 +366,7 @@ def test_forks_of_several_seeds_are_averaged(tmp_path, draw):
 
 def test_any_number_of_the_log_can_be_drawn_against_any_axis(tmp_path, draw):
     run = write_run(tmp_path / "a", steps=30, max_steps=30)
-    figure = draw(run, x="seconds", y="lr")
+    figure = draw(run, x="seconds", y=["lr"])
     steps = np.arange(1, 31)
     np.testing.assert_allclose(lines(figure.axes[0])[0], np.stack([steps / 10, 1 / steps], axis=1))
     assert figure.axes[0].get_xlabel() == "seconds of training"
@@ -302,14 +382,14 @@ def test_a_metric_of_ones_own_is_drawn_from_whatever_event_has_it(tmp_path, draw
     with open(run / "log.jsonl", "a") as log:
         log.write(json.dumps(entry("mine", 40, cloze=0.5)) + "\n")
         log.write(json.dumps(entry("mine", 90, cloze=0.75)) + "\n")
-    figure = draw(run, y="cloze")
+    figure = draw(run, y=["cloze"])
     assert lines(figure.axes[0])[0].tolist() == [[40_000, 0.5], [90_000, 0.75]]
-    assert labels(figure) == ["mine (0.75)"]
+    assert labels(figure) == ["cloze (0.75)"]
 
 
 def test_a_number_that_no_log_has_is_refused_with_those_that_there_are(tmp_path, draw):
     with pytest.raises(UserError, match="--y nope: .* elapsed, loss, lr, step, tokens, val_loss"):
-        draw(write_run(tmp_path / "a"), y="nope")
+        draw(write_run(tmp_path / "a"), y=["nope"])
 
 
 @pytest.mark.parametrize(
@@ -330,6 +410,23 @@ def test_openais_loss_is_not_drawn_on_other_data(tmp_path, draw):
 def test_the_axis_names_the_unit_of_the_loss(tokenizer, unit, tmp_path, draw):
     figure = draw(write_run(tmp_path / "a", tokenizer=tokenizer))
     assert figure.axes[0].get_ylabel() == f"loss (nats per {unit})"
+
+
+def test_losses_of_different_encodings_are_said_not_to_be_comparable(tmp_path, capsys, draw):
+    runs = [write_mixture(tmp_path / name, tokenizer=name) for name in ("bytes", "gpt2")]
+    for run in runs:
+        log = (run / "log.jsonl").read_text().replace("val_loss novel", "bits_per_byte")
+        (run / "log.jsonl").write_text(log)
+    said = []
+    line = "losses per byte and per token are not comparable; --y bits_per_byte is"
+    draw(*runs, say=said.append)
+    draw(*runs, y=["val_loss code"], say=said.append)
+    assert said == [line, line]
+    draw(*runs, y=["bits_per_byte"], say=said.append)
+    draw(runs[0], say=said.append)
+    assert len(said) == 2
+    assert run_main(plot.main, tmp_path, "--table") == 0
+    assert capsys.readouterr().out.startswith(line)
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -367,14 +464,38 @@ def test_the_table_has_mean_and_deviation_over_seeds(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     for seed, loss in ((1, 3.0), (2, 3.2)):
         write_run(tmp_path / "runs" / f"s{seed}", loss, hellaswag=True, seed=seed)
-    run = write_run(tmp_path / "runs" / "t", 2.5, learning_rate=1, steps=60)
-    (run / "best.json").write_text('{"step": 50, "val_loss": 2.45}')
+    write_run(tmp_path / "runs" / "t", 2.5, learning_rate=1, steps=60)
     assert run_main(plot.main, "runs", "--table") == 0
     rows = capsys.readouterr().out.splitlines()
-    assert rows[2] == "| s1 |  | 2 | 100K | 3.1816 ± 0.1414 | 3.1000 ± 0.1414 | – | 31.00 ± 0.00 |"
+    assert rows[2] == (
+        "| s1 |  | 2 | 100K | 3.1816 ± 0.1414 | 3.1000 ± 0.1414 | 3.1000 ± 0.1414 at step 100 | "
+        "31.00% ± 0.00% |"
+    )
     assert rows[3].startswith("| t, unfinished at step 60 of 100 | learning_rate 1 | 1 | 60K | ")
-    assert rows[3].endswith(" | 2.6000 | 2.4500 at step 50 | – |")
+    assert rows[3].endswith(" | 2.6000 | 2.6000 at step 50 | – |")
     assert not Path("curves.png").exists()
+
+
+def test_the_table_has_the_lowest_validation_loss_and_its_step(tmp_path):
+    """The step is left out where seeds do not agree. A fork has none of its trunk's."""
+    trunk = write_run(tmp_path / "trunk", max_steps=150, steps=150)
+    rose = write_run(tmp_path / "rose")
+    for run, step in ((trunk, 50), (rose, 50)):
+        events = read_events(run)
+        for event in events:
+            if event["event"] == "eval" and event["step"] == step:
+                event["val_loss"] = 2.0
+        (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    fell = write_run(tmp_path / "fell", seed=2)
+    branch = write_run(tmp_path / "branch", trunk=trunk)
+
+    def lowest(*runs: Path) -> list[str]:
+        rows = plot.table(plot.arrange([plot.read_run(run) for run in runs])).splitlines()
+        return [row.split(" | ")[6] for row in rows[2:]]
+
+    assert lowest(trunk, branch) == ["2.0000 at step 50", "3.1000 at step 100"]
+    assert lowest(branch) == ["3.1000 at step 100"]
+    assert lowest(rose, fell) == ["2.5500 ± 0.7778"]
 
 
 # ------------------------------------------------------------------------------ damaged and foreign
