@@ -162,7 +162,7 @@ class TrainingProgress:
         return tokens_per_second * self.flops_per_token / (self.peak * self.rt.world_size)
 
     def summary(self) -> list[str]:
-        """What is said at the end of a run: time, last and best validation, memory, speed."""
+        """What is said at the end of a run: time, last and lowest validation, memory, speed."""
         line = f"Done: {self.seconds:,.0f} s of training"
         if self.first_step:
             line += f" since step {self.first_step}, {self.run.elapsed:,.0f} s in all"
@@ -175,6 +175,13 @@ class TrainingProgress:
                 f"Best: step {best['step']}, validation loss {best['val_loss']:.4f}; this one is "
                 "loaded where the run is named as a model."
             )
+        elif losses := self.run.validation_losses:
+            lowest = min(losses, key=losses.get)
+            if losses[lowest] < losses[max(losses)]:
+                lines.append(
+                    f"Lowest: step {lowest}, validation loss {losses[lowest]:.4f}. With "
+                    "--keep-best that checkpoint is kept, and loaded for the run."
+                )
         if self.step > self.first_step:
             text = f"Peak memory {peak_memory(self.rt.device) / 1e9:.2f} GB"
             text += f", {self.rate:,.0f} tokens per second"

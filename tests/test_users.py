@@ -224,11 +224,26 @@ def test_a_line_of_progress_has_mean_validation_speed_and_time_left():
 def test_the_time_of_a_run_that_goes_on_is_told_apart_from_all(in_tmp):
     """A fork's time begins with that of the run that it is forked from."""
     config = train_gpt2.RECIPES["first-run"]
-    run = SimpleNamespace(step=500, listeners=[], elapsed=28.0, folder=in_tmp)
+    run = SimpleNamespace(step=500, listeners=[], elapsed=28.0, folder=in_tmp, validation_losses={})
     rt = train_gpt2.start("cpu", "float32")
     with report.TrainingProgress(config, config.shape("bytes"), run, rt) as progress:
         progress.seconds = 3.0
         assert progress.summary() == ["Done: 3 s of training since step 500, 28 s in all."]
+
+
+@pytest.mark.parametrize("losses, is_said", [((2.3, 2.1, 2.2), True), ((2.3, 2.2, 2.1), False)])
+def test_a_run_whose_lowest_loss_was_not_kept_says_so(text, capsys, monkeypatch, losses, is_said):
+    of_validations = iter(losses)
+    real = train_gpt2.evaluate
+
+    def evaluate_by_list(*args, **how):
+        return real(*args, **how) | {"val_loss": next(of_validations)}
+
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate_by_list)
+    flags = ("--max-steps", 2, "--warmup-steps", 1, "--eval-every", 1, "--save-every", 0)
+    assert train("--data", text, *flags) == 0
+    said = "Lowest: step 1, validation loss 2.1000. With --keep-best" in capsys.readouterr().out
+    assert said == is_said
 
 
 @pytest.mark.parametrize("warmup_steps, is_said", [(1, False), (2, True), (3, True)])
