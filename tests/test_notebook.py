@@ -4,7 +4,6 @@ After a change of play.ipynb or of what it shows, `python tests/test_notebook.py
 it with its new outputs. Look at its pictures then: its text says what is in them.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -63,7 +62,6 @@ def test_it_runs(stored, tmp_path, monkeypatch):
     pytest.importorskip("nbclient")
     shutil.copy(ROOT / "input.txt", tmp_path)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
-    monkeypatch.setenv("OMP_NUM_THREADS", str(os.cpu_count()))
     execute(stored, tmp_path)
 
 
