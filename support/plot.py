@@ -495,9 +495,7 @@ def legend_of_groups(panels: list["Panel"]) -> list[tuple]:
     kinds = {}
     for panel in panels:
         kinds |= panel.kinds
-    if len(kinds) > 1:
-        entries += [(line, label) for label, line in kinds.items()]
-    return entries
+    return entries + [(line, label) for label, line in kinds.items()]
 
 
 def line_of(color: str, **style):

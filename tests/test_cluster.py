@@ -521,7 +521,11 @@ def test_the_pages_slurm_script_survives_what_a_cluster_does(slurm_cluster, data
 
 
 def start_again(job: str, log: Path) -> None:
-    """Start a job that was requeued. Slurm by itself would wait for two minutes."""
+    """Start a job that was requeued. Slurm by itself would wait for two minutes.
+
+    A part of that is kept: what Slurm still sends to a node about the job's end would end it again.
+    """
+    time.sleep(5)
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: state(job) == "RUNNING", "start of the requeued job", log)
 

@@ -340,6 +340,7 @@ def test_a_branch_begins_on_its_trunk_if_that_is_drawn_too(moved, tmp_path, draw
         (tmp_path / "runs").rename(tmp_path / "elsewhere")
         trunk, branch = (tmp_path / "elsewhere" / run.name for run in (trunk, branch))
     figure = draw(trunk, branch)
+    assert "fork" in labels(figure)
     of_branch = [line.get_xydata() for line in figure.axes[0].get_lines()][2:]
     training, validation, mark = of_branch
     assert training[0, 0] == validation[0, 0] == mark[0, 0] == 50_000
