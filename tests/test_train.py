@@ -618,6 +618,15 @@ def test_best_checkpoint_is_kept_and_preferred(data, in_tmp, monkeypatch):
     assert load_model("r")[2].endswith("step_000008")
 
 
+def test_the_card_of_a_checkpoint_has_its_validation_loss(data, in_tmp):
+    flags = ("--eval-every", 2, "--save-every", 4, "--keep", 9, "--out", "r")
+    assert train("--data", data, *TINY, *flags) == 0
+    losses = {entry["step"]: entry["val_loss"] for entry in read_log(Path("r"), "eval")}
+    for step in saved_steps(Path("r")):
+        card = (Path("r") / f"step_{step:06d}" / "README.md").read_text()
+        assert f"| {step} | {losses[step]:.4f} |" in card
+
+
 def test_a_validation_of_nan_is_never_the_best(data, in_tmp, monkeypatch):
     val_losses = iter([5.0, 4.0, math.nan])
     real = train_gpt2.evaluate
