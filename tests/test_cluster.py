@@ -152,9 +152,11 @@ def wait_for(condition: Callable[[], bool], what: str, log: Path, limit: float =
 
 
 def last_step(out: Path) -> int:
-    if not (out / "log.jsonl").exists():
+    try:
+        text = (out / "log.jsonl").read_text()
+    except FileNotFoundError:  # a start without a checkpoint sets the log aside
         return 0
-    steps = re.findall(r'"train", "step": (\d+)', (out / "log.jsonl").read_text())
+    steps = re.findall(r'"train", "step": (\d+)', text)
     return int(steps[-1]) if steps else 0
 
 
