@@ -719,6 +719,7 @@ def provenance(device: torch.device) -> dict:
     }
 
 
+# The files at the top whose code a run depends on.
 SCRIPTS = ("fineweb.py", "hellaswag.py", "model.py", "sample.py", "tokens.py", "train_gpt2.py")
 
 

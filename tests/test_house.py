@@ -6,6 +6,8 @@ from graphlib import TopologicalSorter
 import pytest
 from tools import ROOT
 
+from support.run_directory import SCRIPTS
+
 TOP = {file.stem: file for file in ROOT.glob("*.py")}
 SUPPORT = {f"support.{file.stem}": file for file in ROOT.glob("support/*.py")}
 # Private names of other packages that are used. os._exit is documented. Without packed weights
@@ -40,6 +42,13 @@ def dotted(node: ast.AST) -> str:
 @pytest.mark.parametrize("name", SUPPORT)
 def test_support_imports_nothing_of_the_top(name):
     assert not imported(SUPPORT[name]) & set(TOP)
+
+
+def test_the_hash_of_the_code_has_all_files_of_the_top_that_training_imports():
+    needed = {"train_gpt2"}
+    while found := set().union(*(imported(TOP[name]) & set(TOP) for name in needed)) - needed:
+        needed |= found
+    assert needed <= {name.removesuffix(".py") for name in SCRIPTS}
 
 
 def test_the_imports_inside_support_have_no_circle():
